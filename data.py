@@ -1,0 +1,638 @@
+"""Licence-plate data: labels from file names, images from any format, plates drawn from scratch.
+
+    python data.py audit DIR [--json report.json]        what is in a data set, and what is wrong with it
+    python data.py show DIR sheet.png [--augmented]      labelled samples as one picture (DIR may be: drawn)
+    python data.py render OUT --count 1000               drawn plates as files, in OUT/train and OUT/test
+    python data.py crop FRAMES OUT [--rectify]           CCPD photographs to crops named as training expects
+    python data.py glyphs FONT... --out glyphs.png       the character pictures that drawn plates are made of
+
+Copy this file (and glyphs.png, if plates are to be drawn) into any project; it imports no other of ours.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import unicodedata
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torchvision.transforms.functional import perspective
+from torchvision.utils import save_image
+
+DIGITS, LETTERS = "0123456789", "ABCDEFGHJKLMNPQRSTUVWXYZ"          # real plates hold no I and no O
+PROVINCES = "云京冀吉宁川新晋桂沪津浙渝湘琼甘皖粤苏蒙藏豫贵赣辽鄂闽陕青鲁黑"
+ALPHABET = DIGITS + LETTERS + PROVINCES             # index 0 is the CTC blank, so character k has index k + 1
+PLATE = re.compile(f"[{PROVINCES}][{LETTERS}][{LETTERS}{DIGITS}]{{5,6}}")
+CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"        # in the order of CCPD's file names
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)       # a picture too large to be a crop
+
+GENTLE = 0.4                                        # the camera's strength for crops that went through one already
+
+# --------------------------------------------------------------------------------------------------------------
+# Labels and files
+
+
+def parse_label(path, alphabet=ALPHABET):
+    """The label in a file name, what stands after its last "-" or all of it: (text, repaired), or (None, False).
+
+    With the default alphabet the text is a plate, and a letter O or I in its number was read as 0 or 1 if `repaired`;
+    with any other alphabet it is taken as it stands."""
+    text = Path(path).stem.rpartition("-")[2]
+    if alphabet != ALPHABET:
+        return (text, False) if text and set(text) <= set(alphabet) else (None, False)
+    text = unicodedata.normalize("NFKC", text).upper().translate(dict.fromkeys(map(ord, "·•・‧")))
+    plate = text[:2] + text[2:].replace("O", "0").replace("I", "1")
+    return (plate, plate != text) if PLATE.fullmatch(plate) else (None, False)
+
+
+def is_frame(path):
+    """True for the name of a whole CCPD photograph: area-tilt-box-vertices-indices-brightness-blur."""
+    parts = Path(path).stem.split("-")
+    return len(parts) >= 5 and "&" in parts[2] and parts[4].count("_") >= 6
+
+
+def list_images(folder):
+    """All image files below `folder`, sorted; hidden files are passed over."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder; give one with images, or with train and test folders inside")
+    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(p for p in found if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+
+
+def split_folder(root, split):
+    """The folder of `split` ("train" or "test") in `root`; a root without such folders is itself the split."""
+    root = Path(root)
+    if (root / split).is_dir():
+        return root / split
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        raise ValueError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
+    return root
+
+
+def shown(path):
+    """A path for one line of a terminal: control characters escaped, and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace") for c in str(path))
+
+
+def find_crops(folder, alphabet=ALPHABET):
+    """The labelled crops below `folder` as (paths, texts); says on stderr what was left out or repaired.
+
+    Raises ValueError if there are none."""
+    paths = list_images(folder)
+    labels = [parse_label(p, alphabet) for p in paths]
+    frames = [p for p, (text, _) in zip(paths, labels) if text is None and is_frame(p)]
+    bad = [p for p, (text, _) in zip(paths, labels) if text is None and not is_frame(p)]
+    repaired = sum(r for _, r in labels)
+    for some, why in ((frames, "whole CCPD photographs left out; cut them first: python data.py crop FRAMES OUT"),
+                      (bad, "files left out, their names hold no label")):
+        if some:
+            names = ", ".join(shown(p.name) for p in some[:5])
+            print(f"warning: {len(some):,} {why}: {names}{', ...' if len(some) > 5 else ''}", file=sys.stderr)
+    if repaired:
+        print(f"note: {repaired:,} labels held the letter O or I, which plates do not: read as 0 and 1", file=sys.stderr)
+    good = [(p, text) for p, (text, _) in zip(paths, labels) if text is not None]
+    if not good:
+        names = "01-皖AX511H.jpg or 皖AX511H.jpg" if alphabet == ALPHABET else "01-LABEL.jpg, LABEL in characters of the alphabet"
+        raise ValueError(f"{folder}: no labelled crops; file names such as {names} are expected")
+    return [p for p, _ in good], [text for _, text in good]
+
+
+def read_image(source, size):
+    """An image file, or an array (H, W, 3) or (H, W) of uint8, to uint8 (3, *size) RGB.
+
+    Any Pillow format and mode, upright by its EXIF tag; antialiased when shrinking, bilinear when growing. Raises
+    ValueError with the reason for a file that cannot be read."""
+    try:
+        with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
+            image.draft("RGB", (size[1], size[0]))              # lets the JPEG decoder shrink, where it is far too large
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                      # 16 bits a pixel; convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            image = image.convert("RGB").resize((size[1], size[0]), Image.BILINEAR, reducing_gap=1.5)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except Exception as error:                                  # Pillow's decoders raise all sorts for broken files
+        raise ValueError(str(error) if isinstance(source, np.ndarray) else f"{shown(source)}: not a readable image "
+                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); left out") from None
+
+
+def free_memory():
+    """Bytes of memory that are free, or a guess of 4 GB where the system does not say."""
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return 4 << 30
+
+
+class PlateDataset(torch.utils.data.Dataset):
+    """Labelled crops; item k is (uint8 (3, H, W), text). Threads decode (Pillow frees the GIL) and each file is decoded
+    once: one uint8 array keeps them all where that takes at most half of the free memory.
+
+    A file that cannot be read is named on stderr once; `__getitems__`, which DataLoader calls, leaves it out."""
+
+    def __init__(self, paths, texts, size, workers=None):
+        self.paths, self.texts, self.size, self.bad = paths, texts, tuple(size), set()
+        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
+        self.bytes = len(paths) * 3 * size[0] * size[1]
+        self.cached = self.bytes <= free_memory() / 2
+        self.cache = torch.empty((len(paths) if self.cached else 0, 3, *size), dtype=torch.uint8)
+        self.filled = np.zeros(len(paths), dtype=bool)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, k):
+        if not self.filled[k]:
+            image = read_image(self.paths[k], self.size)
+            if not self.cached:
+                return image, self.texts[k]
+            self.cache[k] = image
+            self.filled[k] = True
+        return self.cache[k], self.texts[k]
+
+    def __getitems__(self, indices):
+        def get(k):
+            try:
+                return self[k]
+            except ValueError as error:
+                if k not in self.bad:
+                    self.bad.add(k)
+                    print(f"warning: {error}", file=sys.stderr)
+        cached = all(self.filled[k] for k in indices)
+        return [item for item in (map if cached else self.pool.map)(get, indices) if item]
+
+
+def loader(dataset, batches):
+    """(uint8 (B, 3, H, W), texts) for each list of indices in `batches`, the next one loading while one is used."""
+    collate = lambda items: (torch.stack([image for image, _ in items]), [text for _, text in items]) if items else None
+    items = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate))
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items, False)
+        while (batch := future.result()) is not False:
+            future = thread.submit(next, items, False)
+            if batch:
+                yield batch
+
+
+def in_batches(indices, size):
+    """A sequence of indices as lists of `size`, the last one shorter."""
+    return [list(indices[k:k + size]) for k in range(0, len(indices), size)]
+
+
+def progress(items, total, what):
+    """Pass `items` on; on a terminal, stderr shows how many are done and the time left."""
+    start = shown_at = time.time()
+    for k, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty() and (time.time() - shown_at > 0.5 or k == total):
+            shown_at = time.time()
+            left = (shown_at - start) / k * (total - k)
+            print(f"\r{what} {k:,}/{total:,}, {left:.0f} s left ", end="\n" if k == total else "", file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Drawn plates. A glyph is a 45 x 90 mm character as a small grey picture; glyphs.png holds one row a typeface.
+
+# Centre lines of the plate's own letters and digits on a 35 x 80 grid. As in TrueType outlines, a point with a
+# star is the control point of a quadratic Bézier curve, and a point without one lies on the line.
+STROKES = {
+    "0": "0,20 0,0* 17.5,0 35,0* 35,20 35,60 35,80* 17.5,80 0,80* 0,60 0,20", "1": "17.5,0 17.5,80",
+    "2": "0,21 0,0* 17.5,0 35,0* 35,21 35,31* 26,43 0,80 35,80", "3": "1,0 33,0 14,33 35,33* 35,57 35,80* 17,80 0,80* 0,61",
+    "4": "22,0 0,58 35,58 / 26,36 26,80", "5": "33,0 4,0 1,38 6,29* 18,29 35,29* 35,54 35,80* 17,80 0,80* 0,61",
+    "6": "24,0 5,33 0,43* 0,55 0,80* 17.5,80 35,80* 35,55 35,30* 18,30 7,30* 2,42", "7": "0,0 35,0 15,36* 13,80",
+    "8": "17.5,0 2,0* 2,18 2,36* 17.5,36 33,36* 33,18 33,0* 17.5,0 / 17.5,36 0,36* 0,58 0,80* 17.5,80 35,80* 35,58 35,36* 17.5,36",
+    "9": "11,80 30,47 35,37* 35,25 35,0* 17.5,0 0,0* 0,25 0,50* 17,50 28,50* 33,38", "A": "0,80 15.5,0 19.5,0 35,80 / 6,56 29,56",
+    "B": "16,38 31,38* 31,19 31,0* 16,0 0,0 0,80 17,80 35,80* 35,59 35,38* 17,38 0,38",
+    "C": "35,23 35,0* 17.5,0 0,0* 0,21 0,59 0,80* 17.5,80 35,80* 35,57", "D": "0,0 0,80 14,80 35,80* 35,58 35,22 35,0* 14,0 0,0",
+    "E": "35,0 0,0 0,80 35,80 / 0,38 30,38", "F": "35,0 0,0 0,80 / 0,39 29,39",
+    "G": "35,23 35,0* 17.5,0 0,0* 0,21 0,59 0,80* 17.5,80 35,80* 35,62 35,43 19,43", "H": "0,0 0,80 / 35,0 35,80 / 0,39 35,39",
+    "J": "29,0 29,60 29,80* 15,80 0,80* 0,60", "K": "0,0 0,80 / 34,0 0,50 / 12,33 35,80", "L": "0,0 0,80 35,80",
+    "M": "0,80 0,0 17.5,46 35,0 35,80", "N": "0,80 0,0 35,80 35,0", "P": "0,80 0,0 17,0 35,0* 35,22 35,44* 17,44 0,44",
+    "Q": "0,20 0,0* 17.5,0 35,0* 35,20 35,60 35,80* 17.5,80 0,80* 0,60 0,20 / 19,54 34,81",
+    "R": "0,80 0,0 17,0 35,0* 35,21 35,42* 17,42 0,42 / 17,42 35,80",
+    "S": "34,21 34,0* 17.5,0 1,0* 1,19 1,32* 17,38 35,45* 35,60 35,80* 17.5,80 0,80* 0,59", "T": "0,0 35,0 / 17.5,0 17.5,80",
+    "U": "0,0 0,58 0,80* 17.5,80 35,80* 35,58 35,0", "V": "0,0 17.5,80 35,0", "W": "0,0 8,80 17.5,24 27,80 35,0",
+    "X": "1,0 34,80 / 34,0 1,80", "Y": "0,0 17.5,39 35,0 / 17.5,39 17.5,80", "Z": "1,0 34,0 0,80 35,80",
+}
+CELL_W, CELL_H = 24, 48                             # pixels of one character in glyphs.png
+
+
+def bezier(path):
+    """The points of one path of STROKES as a list of (x, y), each curve as eight short lines."""
+    points, control = [], None
+    for word in path.split():
+        x, y = (float(v) for v in word.rstrip("*").split(","))
+        if word.endswith("*"):
+            control = x, y
+            continue
+        if control:
+            (x0, y0), (cx, cy) = points[-1], control
+            for t in np.linspace(0.125, 0.875, 7):
+                points.append(((1 - t) ** 2 * x0 + 2 * t * (1 - t) * cx + t * t * x,
+                               (1 - t) ** 2 * y0 + 2 * t * (1 - t) * cy + t * t * y))
+        points.append((x, y))
+        control = None
+    return points
+
+
+def stroke_glyph(char, pen):
+    """`char` of STROKES drawn with a round pen of `pen` mm as a grey picture of 45 x 90 mm at 8 pixels a mm."""
+    glyph = Image.new("L", (45 * 8, 90 * 8))
+    draw, r = ImageDraw.Draw(glyph), pen * 4
+    # the pen's outer edge touches the 45 x 90 box, so the grid shrinks as the pen grows
+    place = lambda x, y: (r + x / 35 * (359 - 2 * r), r + y / 80 * (719 - 2 * r))
+    for path in STROKES[char].split("/"):
+        points = [place(x, y) for x, y in bezier(path)]
+        draw.line(points, fill=255, width=round(2 * r))
+        for x, y in points:
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    return glyph
+
+
+def font_glyph(char, font, pen):
+    """`char` of a typeface stretched to 45 x 90 mm, its strokes thickened to about `pen` mm; None if it lacks it."""
+    x0, y0, x1, y1 = font.getbbox(char)
+    if bytes(font.getmask(char)) == bytes(font.getmask("\uffff")):
+        return None
+    glyph = Image.new("L", (x1 - x0, y1 - y0))
+    ImageDraw.Draw(glyph).text((-x0, -y0), char, fill=255, font=font)
+    # Stretched first and thickened after: a plate's strokes are equally wide both ways, however narrow the character.
+    for r in range(20):
+        out = Image.new("L", (45 * 4, 90 * 4))
+        out.paste(glyph.resize((out.width - 2 * r, out.height - 2 * r), Image.BILINEAR), (r, r))
+        out = out.filter(ImageFilter.MaxFilter(2 * r + 1))
+        ink = np.asarray(out) > 127
+        edges = sum(np.count_nonzero(np.diff(ink, axis=axis)) for axis in (0, 1))
+        if 2 * ink.sum() >= edges * pen * 4:        # a stroke's width is twice its area over its outline
+            break
+    return out
+
+
+def make_glyphs(fonts, out):
+    """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen, blank where it lacks one.
+
+    The first rows are STROKES in three pens. fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
+    rows = [[stroke_glyph(c, pen) if c in STROKES else None for c in ALPHABET] for pen in (7, 9, 11)]
+    for name in fonts:
+        path, _, index = name.partition(",")
+        font = ImageFont.truetype(path, 200, index=int(index or 0))
+        for pen in (4, 6):
+            row = [font_glyph(c, font, pen if c in PROVINCES else pen + 3) for c in ALPHABET]
+            row[1] = row[1] and stroke_glyph("1", pen + 3)      # a plate's 1 is a plain bar, whatever the typeface
+            rows.append(row)
+    sheet = Image.new("L", (CELL_W * len(ALPHABET), CELL_H * len(rows)))
+    for y, row in enumerate(rows):
+        for x, glyph in enumerate(row):
+            if glyph:
+                sheet.paste(glyph.resize((CELL_W, CELL_H), Image.BOX), (x * CELL_W, y * CELL_H))
+    sheet.save(out, optimize=True)
+
+
+
+def load_glyphs(height, device="cpu", path=None):
+    """glyphs.png as float32 (rows, len(ALPHABET), height, height / 2) in [0, 1], resized with antialiasing."""
+    sheet = np.array(Image.open(path or Path(__file__).with_name("glyphs.png")).convert("L"), dtype=np.float32) / 255
+    cells = sheet.reshape(-1, CELL_H, len(ALPHABET), CELL_W).transpose(0, 2, 1, 3)
+    cells = F.interpolate(torch.from_numpy(cells.copy()), (height, height // 2), mode="bilinear", antialias=True)
+    return cells.clamp(0, 1).to(device)
+
+
+def random_plates(n, generator, green=0.0):
+    """n plate strings, every province equally often; a share `green` of them has the eight characters of green plates."""
+    pick = lambda chars, k: [[chars[i] for i in row] for row in torch.randint(
+        len(chars), (n, k), generator=generator, device=generator.device).tolist()]
+    tails = pick(DIGITS * 7 + LETTERS, 6)                       # about three digits to a letter, as on real plates
+    return ["".join(p + a + t[:6 if k < green * n else 5])
+            for k, (p, a, t) in enumerate(zip(pick(PROVINCES, 1), pick(LETTERS, 1), tails))]
+
+
+def paint(texts, glyphs, generator):
+    """Plates of one length, head on and evenly lit: float32 (B, 3, h, w) in [0, 1] with a rim of bumper around them.
+
+    Blue plates are 440 x 140 mm with 45 mm characters 12 mm apart, green ones 480 x 140 mm with 43 mm characters
+    9 mm apart, and a dot in the wider gap after the second character (GA 36-2018)."""
+    device, B, green = glyphs.device, len(texts), len(texts[0]) == 8
+    rand = lambda *shape: torch.rand(B, *shape, generator=generator, device=device)
+    one = lambda lo, hi: lo + (hi - lo) * torch.rand((), generator=generator, device=device).item()
+    mm = glyphs.shape[2] / 90                                   # pixels in a millimetre
+    width, gap, dot_gap, rim = (480, 9, 49, 20) if green else (440, 12, 34, 20)
+    px = lambda v: round((v + rim) * mm)
+    # the bumper: a colour with soft blotches
+    canvas = (rand(1, 1, 1) + 0.5 * (rand(3, 1, 1) - 0.5)) * rand(1, 1, 1) + 0.5 * F.interpolate(rand(1, 2, 6) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear")
+    plate = canvas[:, :, px(0):px(140), px(0):px(width)]
+    if green:
+        ground = torch.tensor([0.1, 0.6, 0.35], device=device).view(3, 1, 1) + 0.25 * rand(3, 1, 1)
+        down = torch.linspace(1, 0, plate.shape[2], device=device).view(-1, 1) * rand(1, 1, 1).sqrt()
+        plate.copy_(ground + (0.9 - ground) * down)
+        ink = 0.2 * rand(3, 1, 1)
+    else:
+        plate.copy_(torch.tensor([0.05, 0.15, 0.5], device=device).view(3, 1, 1) + 0.3 * rand(3, 1, 1))
+        ink = 0.75 + 0.25 * rand(1, 1, 1) + 0.1 * (rand(3, 1, 1) - 0.5)
+
+    def stamp(mask, x, y, colour):                              # lay `mask` with its upper left corner at x, y mm
+        h, w = mask.shape[-2:]
+        part = canvas[:, :, px(y):px(y) + h, px(x):px(x) + w]
+        part.lerp_(colour.expand_as(part), mask[..., :part.shape[2], :part.shape[3]])
+
+    # the thin border, fainter on some
+    edge, line = one(3, 6), max(1, round(3 * mm))
+    border, strength = plate[:, :, round(edge * mm):-round(edge * mm), round(edge * mm):-round(edge * mm)], rand(1, 1, 1).sqrt()
+    for side in (border[:, :, :line], border[:, :, -line:], border[..., :line], border[..., -line:]):
+        side.lerp_(ink.expand_as(side), strength)
+
+    # one typeface for the province and one for the rest: the plate's own strokes, which are the first rows, mostly
+    has = lambda char: glyphs[:, ALPHABET.index(char)].flatten(1).amax(1).nonzero().flatten()
+    provinces, others = has(PROVINCES[0]), has("0")
+    face_p = provinces[(rand() * len(provinces)).long()]
+    face_o = others[(torch.where(rand() < 0.8, 3, len(others)) * rand()).long()]
+    codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
+    x = 15.5
+    for k in range(codes.shape[1]):
+        mask = glyphs[face_o if k else face_p, codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
+        wide = 43 if green and k else 45
+        if wide == 43:
+            mask = F.interpolate(mask, (mask.shape[2], round(43 * mm)), mode="bilinear", antialias=True)
+        stamp(mask, x + one(-1.5, 1.5), 25 + one(-1.5, 1.5), ink)
+        x += wide + (dot_gap if k == 1 else gap)
+        if k == 1:
+            disc = torch.ones(1, 1, max(2, round(10 * mm)), max(2, round(10 * mm)), device=device)
+            stamp(disc * rand(1, 1, 1), x - dot_gap / 2 - 5, 65, ink)
+    # screws and seals at the four holes
+    size = one(8, 16)
+    r = torch.linspace(-1, 1, max(3, round(size * mm)), device=device)
+    disc = (1.3 - r.square() - r.square().view(-1, 1)).clamp(0, 1)
+    for hx in (width / 4, width * 3 / 4):
+        for hy in (12, 128):
+            stamp(disc * (rand(1, 1, 1) < 0.4), hx - size / 2 + one(-8, 8), hy - size / 2 + one(-5, 5), rand(1, 1, 1) * (1 - 0.4 * rand(3, 1, 1)))
+    return canvas
+
+
+def camera(images, size, generator, strength=1.0, rim=0.0):
+    """Photograph `images` anew: uint8 (B, 3, h, w) or float32 in [0, 1] to uint8 (B, 3, *size).
+
+    In the order of a real camera: the plate hangs askew and is cut out by the box around it, light falls on it,
+    lens and motion blur it, few and noisy pixels record it. strength 1 is for drawings; about 0.5 suits crops that
+    went through a camera already. rim: the share of the image's width and height that is margin on every side,
+    as (x, y)."""
+    B, H, W, device = len(images), *size, images.device
+    rand = lambda *shape: torch.rand(B, *shape, generator=generator, device=device)
+    randn = lambda *shape: torch.randn(B, *shape, generator=generator, device=device)
+    images = images / 255 if images.dtype == torch.uint8 else images
+
+    # where the four corners of the plate come to lie in the crop, both as [-1, 1]
+    square = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]], device=device)
+    tilt, shear = 0.3 * strength * randn(1), 0.06 * strength * randn(1)
+    quad = square + torch.stack((shear * square[:, 1], tilt * square[:, 0]), 2) + 0.04 * strength * randn(4, 2)
+    low, high = quad.amin(1, keepdim=True), quad.amax(1, keepdim=True)
+    quad = (2 * quad - low - high) / (high - low)               # its bounding box fills the crop ...
+    loose, tight = torch.tensor([-0.07, -0.12], device=device), torch.tensor([0.07, 0.45], device=device)
+    quad = quad * (1 + strength * (loose + (tight - loose) * rand(1, 2))) + strength * 0.04 * (randn(1, 2))
+    # ... and the homography from crop to picture follows from the corners (Hartley and Zisserman, 4.1)
+    target = (square * (1 - 2 * torch.as_tensor(rim, device=device))).expand(B, 4, 2)
+    (x, y), (u, v) = quad.unbind(2), target.unbind(2)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    rows = torch.cat((torch.stack((x, y, one, zero, zero, zero, -u * x, -u * y), 2),
+                      torch.stack((zero, zero, zero, x, y, one, -v * x, -v * y), 2)), 1)
+    matrix = torch.cat((torch.linalg.solve(rows, torch.cat((u, v), 1)), one[:, :1]), 1).view(B, 3, 3)
+    ys, xs = torch.meshgrid((torch.arange(H, device=device) * 2 + 1) / H - 1, (torch.arange(W, device=device) * 2 + 1) / W - 1, indexing="ij")
+    points = torch.stack((xs, ys, torch.ones_like(xs)), 2).view(1, H * W, 3) @ matrix.transpose(1, 2)
+    grid = (points[..., :2] / points[..., 2:].clamp(min=0.1)).view(B, H, W, 2)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    # light: its strength and colour, a slope across the plate, haze, a glare
+    gain = (strength * (0.45 * randn(1, 1, 1) + 0.25 * randn(3, 1, 1))).exp()
+    slope = strength * 0.3 * (randn(1, 1, 1) * xs + randn(1, 1, 1) * ys)
+    spot = ((xs - 2 * rand(1, 1, 1) + 1) * (1 + 2 * rand(1, 1, 1))).square() + (ys - 2 * rand(1, 1, 1) + 1).square()
+    glare = (strength * 1.2 * rand(1, 1, 1) - 0.6).clamp(min=0) * (-2 * spot).exp()
+    images = images * gain * (1 + slope).clamp(min=0.2) + glare
+    haze = 0.5 * strength * rand(1, 1, 1) ** 4
+    images = images.lerp(rand(3, 1, 1).expand_as(images), haze).clamp(0, 1)
+
+    # blur, wider along one axis when something moved
+    reach = torch.arange(-3, 4, device=device)
+    for axis in (2, 3):
+        sigma = 0.15 + strength * (H / 32) * (0.7 * rand(1) ** 3 + 1.2 * rand(1) ** 10)
+        kernel = torch.softmax(-reach ** 2 / (2 * sigma ** 2), 1).repeat_interleave(3, 0)
+        kernel, pad = (kernel.view(-1, 1, 7, 1), (0, 0, 3, 3)) if axis == 2 else (kernel.view(-1, 1, 1, 7), (3, 3, 0, 0))
+        images = F.conv2d(F.pad(images, pad, mode="replicate").flatten(0, 1).unsqueeze(0), kernel, groups=3 * B).view(B, 3, H, W)
+
+    # few pixels, with noise
+    few = 1 - strength * 0.55 * torch.rand(2, generator=generator, device=device) ** 3
+    noise = 0.04 * strength * rand(1, 1, 1) ** 3
+    small = F.interpolate(images, (round(H * few[0].item()), round(W * few[1].item())), mode="area")
+    small = small + noise * torch.randn(3, *small.shape[2:], generator=generator, device=device)
+    images = F.interpolate(small, (H, W), mode="bilinear")
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def glyph_height(size):
+    """The glyph height in pixels that plates of `size` are painted with: a little finer than the picture of them."""
+    return round(1.25 * size[0])
+
+
+def draw_plates(n, size, generator, glyphs, green=0.0):
+    """n photographs of plates that do not exist: uint8 (n, 3, *size) and their n strings, all drawn from `generator`.
+
+    glyphs: load_glyphs(glyph_height(size), generator.device)."""
+    texts, images = random_plates(n, generator, green), []
+    for k in range(0, n, 16):                       # each handful has a resolution of its own
+        for length in (8, 7):                      # the order random_plates has them in
+            some = [t for t in texts[k:k + 16] if len(t) == length]
+            if some:
+                canvas = paint(some, glyphs, generator)
+                images.append(camera(canvas, size, generator, rim=(20 / (480 if length == 7 else 520), 20 / 180)))
+    return torch.cat(images), texts
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tools
+
+
+def audit(folder, report=None):
+    """Print what `folder` holds and what is wrong with it; the JSON file `report` gets every offender. Returns whether
+    every name holds a label and every image can be read."""
+    def look(path):
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image.size, hashlib.blake2b(path.read_bytes()).digest()
+        except Exception as error:                              # as in read_image
+            return None, f"{shown(path)}: {error}"
+
+    paths = list_images(folder)
+    with ThreadPoolExecutor() as pool:
+        looks = list(progress(pool.map(look, paths), len(paths), "image"))
+    found = {name: [] for name in ("unparsed", "unreadable", "repaired", "duplicates", "overlap")}
+    texts, sizes, first = {}, [size for size, _ in looks if size], {}
+    for path, (size, digest) in zip(paths, looks):
+        text, repaired = parse_label(path)
+        if text:
+            texts.setdefault(path.relative_to(folder).parts[0] if path.parent != Path(folder) else ".", []).append(text)
+        found["unparsed"] += [] if text else [shown(path)]
+        found["repaired"] += [shown(path)] if repaired else []
+        if not size:
+            found["unreadable"].append(digest)
+        elif first.setdefault(digest, path) != path:
+            found["duplicates"].append(f"{shown(path)} is {shown(first[digest])}")
+    found["overlap"] = sorted(set(texts.get("train", ())) & set(texts.get("test", ())))
+
+    everything = [t for some in texts.values() for t in some]
+    facts = {f"images of {split}": f"{len(some):,}, {len(set(some)):,} plates" for split, some in sorted(texts.items())}
+    facts |= dict(lengths=Counter(map(len, everything)), characters=Counter("".join(everything)), provinces=Counter(t[0] for t in everything))
+    facts["never seen"] = [c for c in ALPHABET if c not in facts["characters"]]
+    for name, side in (("widths", 0), ("heights", 1)):
+        facts[name] = [int(f([size[side] for size in sizes])) for f in (min, np.median, max)] if sizes else []
+    for name, fact in facts.items():
+        if name == "provinces":
+            fact = {p: f"{n:,} ({n / len(everything):.1%})" for p, n in fact.most_common()}
+        print(f"{name:16} " + ("  ".join(f"{k} {fact[k]}" for k in (fact if name == "provinces" else sorted(fact))) if isinstance(fact, dict) else str(fact)))
+    for name, what in dict(unparsed="names hold no label", unreadable="images cannot be read", repaired="labels hold the letter O or I",
+                           duplicates="images are byte for byte another", overlap="plates stand in train and in test").items():
+        print(f"{name:16} {len(found[name]):,} {what}", *found[name][:3], sep="\n                   ")
+    if report:
+        Path(report).write_text(json.dumps(facts | found, ensure_ascii=False, indent=1), "utf8")
+    return not found["unparsed"] and not found["unreadable"]
+
+
+def text_picture(text, height, colours=None):
+    """`text` drawn with glyphs.png, no font needed: uint8 (3, height, w), black on white or in one (r, g, b) a character."""
+    row = F.pad(load_glyphs(height)[4], (1, 1))                 # the first typeface that has them all
+    cells = [row[ALPHABET.index(c)] if c in ALPHABET else torch.zeros_like(row[0]) for c in text or " "]
+    colours = colours or [(0, 0, 0)] * len(cells)
+    return torch.cat([255 - cell * (255 - torch.tensor(colour).view(3, 1, 1)) for cell, colour in zip(cells, colours)], 2).to(torch.uint8)
+
+
+def captioned(image, captions):
+    """uint8 (3, h, w) with pictures of text, no wider than it, centred one below another under it."""
+    rows = [F.pad(c, ((image.shape[2] - c.shape[2]) // 2, -(-(image.shape[2] - c.shape[2]) // 2), 3, 0), value=255) for c in captions]
+    return torch.cat([image, *rows], 1)
+
+
+def save_sheet(pictures, out, columns=4):
+    """Write uint8 (3, h, w) pictures of one size as one image file, in rows."""
+    save_image([picture / 255 for picture in pictures], out, nrow=columns, padding=4, pad_value=1)
+
+
+def show(folder, out, augmented=False, count=24, size=(48, 192)):
+    """Write a sheet of samples of a folder, or of drawn plates where that is "drawn", each with its label under it."""
+    generator = torch.Generator().manual_seed(0)
+    if folder == "drawn":
+        images, texts = draw_plates(count, size, generator, load_glyphs(glyph_height(size)))
+    else:
+        paths, texts = find_crops(folder)
+        chosen = torch.randperm(len(paths), generator=generator)[:count].tolist()
+        images, texts = next(loader(PlateDataset(paths, texts, size), [chosen]))
+        images = camera(images, size, generator, GENTLE) if augmented else images
+    save_sheet([captioned(image, [text_picture(text, 22)]) for image, text in zip(images, texts)], out)
+
+
+def render(out, count, seed=0, size=(80, 256)):
+    """Write `count` drawn plates as JPEG files, nine tenths to out/train and the rest to out/test."""
+    generator, glyphs = torch.Generator().manual_seed(seed), load_glyphs(glyph_height(size))
+    for split in ("train", "test"):
+        os.makedirs(f"{out}/{split}", exist_ok=True)
+    for k in progress(range(0, count, 64), -(-count // 64), "batch"):
+        images, texts = draw_plates(min(64, count - k), size, generator, glyphs)
+        for i, (image, text) in enumerate(zip(images, texts), k):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{out}/{'test' if i % 10 == 9 else 'train'}/{i:07}-{text}.jpg", quality=90)
+
+
+def parse_frame(path):
+    """A CCPD photograph's name to (box (x0, y0, x1, y1), four vertices (x, y) from the lower right on, plate).
+
+    Raises ValueError where the name is none of CCPD's or its plate holds what ALPHABET lacks (two special provinces)."""
+    numbers = [[[int(n) for n in re.split("[&]", p)] for p in part.split("_")] for part in Path(path).stem.split("-")[2:5]]
+    (low, high), vertices, indices = numbers
+    tables = [CCPD_PROVINCES, LETTERS + "O"] + [LETTERS + DIGITS + "O"] * (len(indices) - 2)
+    plate = "".join(table[i] for table, (i,) in zip(tables, indices)).replace("O", "")
+    return (*low, *high), vertices, plate
+
+
+def crop(frames, out, rectify=False, margin=0.0):
+    """Cut the plates out of CCPD photographs to out/.../FRAME-PLATE.jpg, files already there being kept: by the box in the
+    name, or with `rectify` the four vertices pulled straight. margin: a share of the plate's size added on every side."""
+    def cut(path):
+        try:
+            (x0, y0, x1, y1), vertices, plate = parse_frame(path)
+        except (ValueError, IndexError):
+            return "skipped, the name is not a CCPD photograph's"
+        if not PLATE.fullmatch(plate):
+            return "skipped, the plate holds characters outside the alphabet"
+        target = Path(out) / path.relative_to(frames).parent / f"{path.stem}-{plate}.jpg"
+        if target.exists():
+            return "already there"
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except Exception:                                       # as in read_image
+            return "skipped, not a readable image"
+        if rectify:
+            side = lambda a, b: math.dist(vertices[a], vertices[b])
+            x0, y0, x1, y1 = 0, 0, round(max(side(0, 1), side(2, 3))), round(max(side(0, 3), side(1, 2)))
+        mx, my = round(margin * (x1 - x0)), round(margin * (y1 - y0))
+        if rectify:                                             # the corners go where the box, moved by the margin, is
+            image = perspective(image, vertices, [[x1 + mx, y1 + my], [mx, y1 + my], [mx, my], [x1 + mx, my]])
+            mx, x1, my, y1 = 0, x1 + 2 * mx, 0, y1 + 2 * my
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        image.crop((max(0, x0 - mx), max(0, y0 - my), min(image.width, x1 + mx), min(image.height, y1 + my))).save(partial, "JPEG", quality=95)
+        partial.replace(target)
+        return "cut"
+
+    paths = list_images(frames)
+    with ThreadPoolExecutor() as pool:
+        counts = Counter(progress(pool.map(cut, paths), len(paths), "photograph"))
+    print(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.most_common()))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("audit", help="what is in a data set, and what is wrong with it")
+    command.add_argument("folder")
+    command.add_argument("--json", help="write the facts and every offender here")
+    command = commands.add_parser("show", help="labelled samples as one picture")
+    command.add_argument("folder", help='a folder of crops, or "drawn"')
+    command.add_argument("out")
+    command.add_argument("--augmented", action="store_true", help="as training sees them")
+    command = commands.add_parser("render", help="drawn plates as files")
+    command.add_argument("out")
+    command.add_argument("--count", type=int, default=1000, help="(default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command = commands.add_parser("crop", help="CCPD photographs to crops")
+    command.add_argument("frames")
+    command.add_argument("out")
+    command.add_argument("--rectify", action="store_true", help="pull the plate straight by its four vertices")
+    command.add_argument("--margin", type=float, default=0.0, help="share of the plate's size added on every side (default: %(default)s)")
+    command = commands.add_parser("glyphs", help="make glyphs.png from fonts")
+    command.add_argument("fonts", nargs="+", metavar="FONT", help="a font file; FONT.ttc,N is the N-th face of a collection")
+    command.add_argument("--out", default="glyphs.png", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(encoding="utf8", errors="replace")
+    try:
+        if args.command == "audit":
+            sys.exit(0 if audit(args.folder, args.json) else 1)
+        elif args.command == "show":
+            show(args.folder, args.out, args.augmented)
+        elif args.command == "render":
+            render(args.out, args.count, args.seed)
+        elif args.command == "crop":
+            crop(args.frames, args.out, args.rectify, args.margin)
+        else:
+            make_glyphs(args.fonts, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
