@@ -32,6 +32,7 @@ from torchvision.utils import save_image
 DIGITS, LETTERS = "0123456789", "ABCDEFGHJKLMNPQRSTUVWXYZ"          # real plates hold no I and no O
 PROVINCES = "云京冀吉宁川新晋桂沪津浙渝湘琼甘皖粤苏蒙藏豫贵赣辽鄂闽陕青鲁黑"
 ALPHABET = DIGITS + LETTERS + PROVINCES             # index 0 is the CTC blank, so character k has index k + 1
+FORMS = [[PROVINCES, LETTERS] + [LETTERS + DIGITS] * n for n in (5, 6)]        # blue and green plates, place by place
 PLATE = re.compile(f"[{PROVINCES}][{LETTERS}][{LETTERS}{DIGITS}]{{5,6}}")
 CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"        # in the order of CCPD's file names
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -203,57 +204,28 @@ def progress(items, total, what):
 # --------------------------------------------------------------------------------------------------------------
 # Drawn plates. A glyph is a 45 x 90 mm character as a small grey picture; glyphs.png holds one row a typeface.
 
-# Centre lines of the plate's own letters and digits on a 35 x 80 grid. As in TrueType outlines, a point with a
-# star is the control point of a quadratic Bézier curve, and a point without one lies on the line.
-STROKES = {
-    "0": "0,20 0,0* 17.5,0 35,0* 35,20 35,60 35,80* 17.5,80 0,80* 0,60 0,20", "1": "17.5,0 17.5,80",
-    "2": "0,21 0,0* 17.5,0 35,0* 35,21 35,31* 26,43 0,80 35,80", "3": "1,0 33,0 14,33 35,33* 35,57 35,80* 17,80 0,80* 0,61",
-    "4": "22,0 0,58 35,58 / 26,36 26,80", "5": "33,0 4,0 1,38 6,29* 18,29 35,29* 35,54 35,80* 17,80 0,80* 0,61",
-    "6": "24,0 5,33 0,43* 0,55 0,80* 17.5,80 35,80* 35,55 35,30* 18,30 7,30* 2,42", "7": "0,0 35,0 15,36* 13,80",
-    "8": "17.5,0 2,0* 2,18 2,36* 17.5,36 33,36* 33,18 33,0* 17.5,0 / 17.5,36 0,36* 0,58 0,80* 17.5,80 35,80* 35,58 35,36* 17.5,36",
-    "9": "11,80 30,47 35,37* 35,25 35,0* 17.5,0 0,0* 0,25 0,50* 17,50 28,50* 33,38", "A": "0,80 15.5,0 19.5,0 35,80 / 6,56 29,56",
-    "B": "16,38 31,38* 31,19 31,0* 16,0 0,0 0,80 17,80 35,80* 35,59 35,38* 17,38 0,38",
-    "C": "35,23 35,0* 17.5,0 0,0* 0,21 0,59 0,80* 17.5,80 35,80* 35,57", "D": "0,0 0,80 14,80 35,80* 35,58 35,22 35,0* 14,0 0,0",
-    "E": "35,0 0,0 0,80 35,80 / 0,38 30,38", "F": "35,0 0,0 0,80 / 0,39 29,39",
-    "G": "35,23 35,0* 17.5,0 0,0* 0,21 0,59 0,80* 17.5,80 35,80* 35,62 35,43 19,43", "H": "0,0 0,80 / 35,0 35,80 / 0,39 35,39",
-    "J": "29,0 29,60 29,80* 15,80 0,80* 0,60", "K": "0,0 0,80 / 34,0 0,50 / 12,33 35,80", "L": "0,0 0,80 35,80",
-    "M": "0,80 0,0 17.5,46 35,0 35,80", "N": "0,80 0,0 35,80 35,0", "P": "0,80 0,0 17,0 35,0* 35,22 35,44* 17,44 0,44",
-    "Q": "0,20 0,0* 17.5,0 35,0* 35,20 35,60 35,80* 17.5,80 0,80* 0,60 0,20 / 19,54 34,81",
-    "R": "0,80 0,0 17,0 35,0* 35,21 35,42* 17,42 0,42 / 17,42 35,80",
-    "S": "34,21 34,0* 17.5,0 1,0* 1,19 1,32* 17,38 35,45* 35,60 35,80* 17.5,80 0,80* 0,59", "T": "0,0 35,0 / 17.5,0 17.5,80",
-    "U": "0,0 0,58 0,80* 17.5,80 35,80* 35,58 35,0", "V": "0,0 17.5,80 35,0", "W": "0,0 8,80 17.5,24 27,80 35,0",
-    "X": "1,0 34,80 / 34,0 1,80", "Y": "0,0 17.5,39 35,0 / 17.5,39 17.5,80", "Z": "1,0 34,0 0,80 35,80",
-}
 CELL_W, CELL_H = 24, 48                             # pixels of one character in glyphs.png
+OWN_ROWS = 3                                        # its first rows: the plate's own shapes, in three pens
 
 
-def bezier(path):
-    """The points of one path of STROKES as a list of (x, y), each curve as eight short lines."""
-    points, control = [], None
-    for word in path.split():
-        x, y = (float(v) for v in word.rstrip("*").split(","))
-        if word.endswith("*"):
-            control = x, y
-            continue
-        if control:
-            (x0, y0), (cx, cy) = points[-1], control
-            for t in np.linspace(0.125, 0.875, 7):
-                points.append(((1 - t) ** 2 * x0 + 2 * t * (1 - t) * cx + t * t * x,
-                               (1 - t) ** 2 * y0 + 2 * t * (1 - t) * cy + t * t * y))
-        points.append((x, y))
-        control = None
-    return points
-
-
-def stroke_glyph(char, pen):
-    """`char` of STROKES drawn with a round pen of `pen` mm as a grey picture of 45 x 90 mm at 8 pixels a mm."""
+def stroke_glyph(paths, pen):
+    """A line of strokes.txt drawn with a round pen of `pen` mm: a grey picture of 45 x 90 mm at 8 pixels a mm."""
     glyph = Image.new("L", (45 * 8, 90 * 8))
     draw, r = ImageDraw.Draw(glyph), pen * 4
-    # the pen's outer edge touches the 45 x 90 box, so the grid shrinks as the pen grows
-    place = lambda x, y: (r + x / 35 * (359 - 2 * r), r + y / 80 * (719 - 2 * r))
-    for path in STROKES[char].split("/"):
-        points = [place(x, y) for x, y in bezier(path)]
-        draw.line(points, fill=255, width=round(2 * r))
+    for path in paths.split(" / "):
+        points, control = [], None
+        for word in path.split():
+            # the pen's outer edge touches the 45 x 90 box, so the grid shrinks as the pen grows
+            end = np.array([float(v) for v in word.rstrip("*").split(",")]) / (35, 80) * (359 - 2 * r, 719 - 2 * r) + r
+            if word.endswith("*"):
+                control = end
+                continue
+            if control is not None:
+                start = points[-1]
+                points += [(1 - t) ** 2 * start + 2 * t * (1 - t) * control + t * t * end for t in np.arange(1, 8) / 8]
+            points.append(end)
+            control = None
+        draw.line([tuple(p) for p in points], fill=255, width=round(2 * r))
         for x, y in points:
             draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
     return glyph
@@ -281,14 +253,18 @@ def font_glyph(char, font, pen):
 def make_glyphs(fonts, out):
     """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen, blank where it lacks one.
 
-    The first rows are STROKES in three pens. fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
-    rows = [[stroke_glyph(c, pen) if c in STROKES else None for c in ALPHABET] for pen in (7, 9, 11)]
+    The first rows are strokes.txt in OWN_ROWS pens. fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
+    lines = Path(__file__).with_name("strokes.txt").read_text("utf8").splitlines()
+    strokes = {line[0]: line[2:] for line in lines if not line.startswith("#")}
+    # the more strokes a character has, the thinner they are
+    thin = lambda char: max(0.5, 0.85 - 0.025 * (strokes[char].count("/") + 1)) if char in PROVINCES else 1
+    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (7, 9, 11)]
     for name in fonts:
         path, _, index = name.partition(",")
         font = ImageFont.truetype(path, 200, index=int(index or 0))
         for pen in (4, 6):
             row = [font_glyph(c, font, pen if c in PROVINCES else pen + 3) for c in ALPHABET]
-            row[1] = row[1] and stroke_glyph("1", pen + 3)      # a plate's 1 is a plain bar, whatever the typeface
+            row[1] = row[1] and stroke_glyph(strokes["1"], pen + 3)     # a plate's 1 is a plain bar, whatever the typeface
             rows.append(row)
     sheet = Image.new("L", (CELL_W * len(ALPHABET), CELL_H * len(rows)))
     for y, row in enumerate(rows):
@@ -296,7 +272,6 @@ def make_glyphs(fonts, out):
             if glyph:
                 sheet.paste(glyph.resize((CELL_W, CELL_H), Image.BOX), (x * CELL_W, y * CELL_H))
     sheet.save(out, optimize=True)
-
 
 
 def load_glyphs(height, device="cpu", path=None):
@@ -352,13 +327,11 @@ def paint(texts, glyphs, generator):
 
     # one typeface for the province and one for the rest: the plate's own strokes, which are the first rows, mostly
     has = lambda char: glyphs[:, ALPHABET.index(char)].flatten(1).amax(1).nonzero().flatten()
-    provinces, others = has(PROVINCES[0]), has("0")
-    face_p = provinces[(rand() * len(provinces)).long()]
-    face_o = others[(torch.where(rand() < 0.8, 3, len(others)) * rand()).long()]
+    faces = [rows[(torch.where(rand() < share, OWN_ROWS, len(rows)) * rand()).long()] for rows, share in ((has(PROVINCES[0]), 0.4), (has("0"), 0.8))]
     codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
     x = 15.5
     for k in range(codes.shape[1]):
-        mask = glyphs[face_o if k else face_p, codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
+        mask = glyphs[faces[k > 0], codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
         wide = 43 if green and k else 45
         if wide == 43:
             mask = F.interpolate(mask, (mask.shape[2], round(43 * mm)), mode="bilinear", antialias=True)
@@ -506,7 +479,7 @@ def audit(folder, report=None):
 
 def text_picture(text, height, colours=None):
     """`text` drawn with glyphs.png, no font needed: uint8 (3, height, w), black on white or in one (r, g, b) a character."""
-    row = F.pad(load_glyphs(height)[4], (1, 1))                 # the first typeface that has them all
+    row = F.pad(load_glyphs(height)[0], (1, 1))                 # the plate's own shapes
     cells = [row[ALPHABET.index(c)] if c in ALPHABET else torch.zeros_like(row[0]) for c in text or " "]
     colours = colours or [(0, 0, 0)] * len(cells)
     return torch.cat([255 - cell * (255 - torch.tensor(colour).view(3, 1, 1)) for cell, colour in zip(cells, colours)], 2).to(torch.uint8)

@@ -2,19 +2,24 @@
 
     python evaluate.py ckpt.pth                      # the test split of the data it was trained on
     python evaluate.py ckpt.pth --data DIR --csv predictions.csv --json metrics.json
+    python evaluate.py ckpt.pth --report DIR         # a picture of the errors, and where they are
 
 A checkpoint that was trained on drawn plates alone is, without --data, tested on 2,000 plates drawn from a seed that
 training never uses.
 """
 import argparse
 import csv
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import model as crnn
@@ -56,6 +61,15 @@ def metrics(trues, preds):
                 levenshtein=sum(map(levenshtein, preds, trues)) / max(1, len(trues)), n=len(trues))
 
 
+def calibration_error(sure, right, bins=10):
+    """The expected calibration error, in [0, 1]: how far confidences are from the share of reads that are right, the mean
+    over ten bins of confidence weighted by what is in them (Naeini et al., 2015)."""
+    groups = [[] for _ in range(bins)]
+    for p, r in zip(sure, right):
+        groups[min(int(p * bins), bins - 1)].append(p - r)
+    return sum(abs(sum(group)) for group in groups) / max(1, len(sure))
+
+
 def confusions(trues, preds):
     """How often which character was read as which: Counter of (true, read), over wrong reads of the right length."""
     return Counter((a, b) for t, p in zip(trues, preds) if len(t) == len(p) for a, b in zip(t, p) if a != b)
@@ -63,22 +77,122 @@ def confusions(trues, preds):
 
 def drawn_batches(count, seed, size, batch=250):
     """The same (images, texts) for the same arguments: `count` drawn plates in batches."""
-    generator, glyphs = torch.Generator().manual_seed(seed), None
-    glyphs = data.load_glyphs(data.glyph_height(size))
+    generator, glyphs = torch.Generator().manual_seed(seed), data.load_glyphs(data.glyph_height(size))
     for k in range(0, count, batch):
         yield data.draw_plates(min(batch, count - k), size, generator, glyphs)
 
 
-def read_batches(model, batches, precision):
-    """(trues, preds, confidences, losses), a list each, of (images, texts) batches; a loss is the CTC loss of the truth."""
+def read_batches(model, batches, precision, forms=()):
+    """(trues, preds, confidences, losses), a list each, of (images, texts) batches; a loss is the CTC loss of the truth,
+    in nats a character as the training loss is. forms: see model.decode."""
     alphabet, trues, preds, confidences, losses = model.config["alphabet"], [], [], [], []
     for images, texts in batches:
         logits = crnn.predict_logits(model, images, precision)
-        read = crnn.greedy_decode(logits, alphabet)
-        trues, preds = trues + texts, preds + read
-        confidences += crnn.probability(logits, read, alphabet).tolist()
-        losses += crnn.text_loss(logits, texts, alphabet).tolist()
+        read, sure = crnn.decode(logits, alphabet, forms)
+        trues, preds, confidences = trues + texts, preds + read, confidences + sure
+        losses += [loss / max(1, len(text)) for loss, text in zip(crnn.text_loss(logits, texts, alphabet).tolist(), texts)]
     return trues, preds, confidences, losses
+
+
+def default_forms(model):
+    """The forms of Chinese plates, where the checkpoint reads those; none for the notebook, which decoded greedily."""
+    return data.FORMS if model.config["alphabet"] == data.ALPHABET and model.config["preset"] != "notebook" else ()
+
+
+def report(folder, names, trues, preds, sure, images):
+    """Write folder/predictions.csv and folder/errors.png, the errors, the most confident first, with the truth above the
+    read and differing characters in red. images: k to uint8 (3, H, W)."""
+    os.makedirs(folder, exist_ok=True)
+    write_table(os.path.join(folder, "predictions.csv"), names, trues, preds, sure)
+    pictures = []
+    for k in sorted((k for k in range(len(trues)) if trues[k] != preds[k]), key=lambda k: -sure[k])[:64]:
+        colours = [(0, 0, 0) if a == b else (220, 0, 0) for a, b in itertools.zip_longest(preds[k], trues[k])][:len(preds[k])]
+        pictures.append(data.captioned(F.interpolate(images(k)[None], (64, 256))[0], [data.text_picture(trues[k], 24), data.text_picture(preds[k][:18], 24, colours)]))
+    if pictures:
+        data.save_sheet(pictures, os.path.join(folder, "errors.png"))
+
+
+def write_table(path, names, trues, preds, sure):
+    """Write the predictions as a CSV file: filename, true, pred, confidence, same."""
+    with open(path, "w", encoding="utf8", newline="", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["filename", "true", "pred", "confidence", "same"])
+        table.writerows((name, t, p, f"{c:.6f}", t == p) for name, t, p, c in zip(names, trues, preds, sure))
+
+
+def breakdown(trues, preds, sure, known):
+    """Further lines for a list of reads: accuracy by position and province, calibration, and seen and unseen plates."""
+    pairs = list(zip(trues, preds))
+    lines = []
+    aligned = [(t, p) for t, p in pairs if len(t) == len(p)]
+    if aligned:
+        places = range(max(len(t) for t, _ in aligned))
+        at = lambda k: [t[k] == p[k] for t, p in aligned if len(t) > k]
+        lines.append("by position  " + "  ".join(f"{k + 1} {sum(at(k)) / len(at(k)):.4f}" for k in places))
+    first = Counter(t[0] for t in trues if t)
+    right = Counter(t[0] for t, p in pairs if t and t == p)
+    lines.append("by first     " + "  ".join(f"{c} {right[c]}/{n}" for c, n in first.most_common()))
+    lines.append(f"calibration  {calibration_error(sure, [t == p for t, p in pairs]):.4f} expected error of the confidences")
+    for name, some in (("seen", [x for x in pairs if x[0] in known]), ("unseen", [x for x in pairs if x[0] not in known])):
+        if known:
+            lines.append(f"{name:12} {accuracy(*zip(*some)) if some else math.nan:.4f} over {len(some):,} plates that are{' not' * (name == 'unseen')} in train")
+    return lines
+
+
+def evaluate(args):
+    """Print, and write where asked, all scores of one checkpoint on one split. Raises ValueError for bad input."""
+    device = crnn.pick_device(args.device)
+    precision = crnn.pick_precision(args.precision, device)
+    model, info = crnn.load_checkpoint(args.checkpoint, data.ALPHABET, device)
+    alphabet, size = model.config["alphabet"], model.config["size"]
+    model.fold()
+    forms = default_forms(model) if args.grammar is None else data.FORMS if args.grammar else ()
+    root, known, dataset = args.data or info.get("args", {}).get("data"), set(), None
+    if root:
+        folder = data.split_folder(root, args.split)
+        dataset = data.PlateDataset(*data.find_crops(folder, alphabet), size, args.workers)
+        unknown = set("".join(dataset.texts)) - set(alphabet)
+        if unknown:
+            raise ValueError(f"{folder}: labels hold {''.join(sorted(unknown))}, which the checkpoint's alphabet lacks")
+        batches = data.loader(dataset, data.in_batches(range(len(dataset)), args.batch_size))
+        batches = data.progress(batches, math.ceil(len(dataset) / args.batch_size), "batch")
+        if args.split != "train" and Path(root, "train").is_dir():
+            known = {text for text, _ in map(lambda p: data.parse_label(p, alphabet), data.list_images(Path(root, "train")))}
+    else:
+        batches = drawn_batches(*DRAWN_TEST, size)
+    start = time.time()
+    trues, preds, sure, _ = read_batches(model, batches, precision, forms)
+    speed = len(trues) / (time.time() - start)
+    if not trues:
+        raise ValueError(f"{folder}: no image in it can be read; check the files")
+    rows = [k for k in range(len(dataset)) if k not in dataset.bad] if root else range(len(trues))
+    names = [dataset.paths[k].name for k in rows] if root else trues
+
+    scores = metrics(trues, preds)
+    low, high = wilson(scores["accuracy"], len(trues))
+    wrong = [k for k in range(len(trues)) if trues[k] != preds[k]]
+    top = confusions(trues, preds).most_common(20)
+    print(f"{len(trues):,} {f'images of {folder}' if root else 'drawn plates'}, {device.type} {precision}, {'best plate' if forms else 'greedy'}")
+    print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
+    print(f"CER          {scores['cer']:.5f}")
+    print(f"Levenshtein  {scores['levenshtein']:.4f}")
+    print(f"errors       {len(wrong):,}")
+    for k in wrong[:5]:
+        print(f"  {data.shown(names[k])}  true {trues[k]}  read {preds[k] or '(nothing)'}  confidence {sure[k]:.3f}")
+    print("confusions   " + ("  ".join(f"{a}-{b} {n}" for (a, b), n in top) or "none"))
+    print(f"speed        {speed:.0f} images/s, {'files read and decoded' if root else 'plates drawn'} included")
+    if args.report:
+        print(*breakdown(trues, preds, sure, known), sep="\n")
+        report(args.report, names, trues, preds, sure, lambda k: dataset[rows[k]][0] if root else torch.zeros(3, *size))
+    elif known:
+        print(*breakdown(trues, preds, sure, known)[-2:], sep="\n")
+    if args.json:
+        scores.update(images_per_second=speed, interval=[low, high], errors=len(wrong), precision=precision, grammar=bool(forms),
+                      calibration_error=calibration_error(sure, [t == p for t, p in zip(trues, preds)]),
+                      confusions=[[a, b, n] for (a, b), n in top], left_out=len(dataset.bad) if root else 0)
+        Path(args.json).write_text(json.dumps(scores, ensure_ascii=False, indent=1), "utf8")
+    if args.csv:
+        write_table(args.csv, names, trues, preds, sure)
 
 
 def main(argv=None):
@@ -88,65 +202,18 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="which split of --data (default: %(default)s)")
     parser.add_argument("--csv", help="write a table here: filename, true, pred, confidence, same")
     parser.add_argument("--json", help="write the scores here")
+    parser.add_argument("--report", metavar="DIR", help="write predictions.csv and errors.png there, and print where the errors are")
+    parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
     parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: %(default)s)")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(encoding="utf8", errors="replace")
     try:
         evaluate(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-
-
-def evaluate(args):
-    """Print, and write where asked, all scores of one checkpoint on one split. Raises ValueError for bad input."""
-    device = crnn.pick_device(args.device)
-    precision = crnn.pick_precision(args.precision, device)
-    model, info = crnn.load_checkpoint(args.checkpoint, data.ALPHABET, device)
-    model.fold()
-    alphabet, size = model.config["alphabet"], model.config["size"]
-    folder = args.data or info.get("args", {}).get("data")
-    if folder:
-        dataset = data.PlateDataset(*data.find_crops(data.split_folder(folder, args.split), alphabet), size, args.workers)
-        unknown = set("".join(dataset.texts)) - set(alphabet)
-        if unknown:
-            raise ValueError(f"{folder}: labels hold {''.join(sorted(unknown))}, which the checkpoint's alphabet lacks")
-        batches = data.loader(dataset, data.in_batches(range(len(dataset)), args.batch_size))
-        batches = data.progress(batches, math.ceil(len(dataset) / args.batch_size), "batch")
-    else:
-        batches = drawn_batches(*DRAWN_TEST, size)
-    start = time.time()
-    trues, preds, confidences, _ = read_batches(model, batches, precision)
-    seconds = time.time() - start
-    names = [dataset.paths[k].name for k in range(len(dataset)) if k not in dataset.bad] if folder else trues
-    if not trues:
-        raise ValueError(f"{folder}: no readable image; check the files")
-
-    scores = metrics(trues, preds)
-    low, high = wilson(scores["accuracy"], len(trues))
-    wrong = [k for k in range(len(trues)) if trues[k] != preds[k]]
-    print(f"{len(trues):,} {'images of ' + str(data.split_folder(folder, args.split)) if folder else 'drawn plates'}, {device.type} {precision}")
-    print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
-    print(f"CER          {scores['cer']:.5f}")
-    print(f"Levenshtein  {scores['levenshtein']:.4f}")
-    print(f"errors       {len(wrong):,}")
-    for k in wrong[:5]:
-        print(f"  {data.shown(names[k])}  true {trues[k]}  read {preds[k] or '(nothing)'}  confidence {confidences[k]:.3f}")
-    top = confusions(trues, preds).most_common(20)
-    if top:
-        print("confusions   " + "  ".join(f"{a}-{b} {n}" for (a, b), n in top))
-    print(f"speed        {len(trues) / seconds:.0f} images/s, files read and decoded included" if folder else "")
-    if args.json:
-        scores.update(images_per_second=len(trues) / seconds, interval=[low, high], errors=len(wrong), precision=precision,
-                      confusions=[[a, b, n] for (a, b), n in top], left_out=len(dataset.bad) if folder else 0)
-        with open(args.json, "w", encoding="utf8") as file:
-            json.dump(scores, file, ensure_ascii=False, indent=1)
-    if args.csv:
-        with open(args.csv, "w", encoding="utf8", newline="", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["filename", "true", "pred", "confidence", "same"])
-            table.writerows((names[k], trues[k], preds[k], f"{confidences[k]:.6f}", trues[k] == preds[k]) for k in range(len(trues)))
 
 
 if __name__ == "__main__":

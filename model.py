@@ -143,9 +143,9 @@ def greedy_decode(logits, alphabet):
 def encode(texts, alphabet):
     """Strings to (targets (B, longest), lengths (B,)), both int64; character k of the alphabet becomes k + 1."""
     index = {char: k + 1 for k, char in enumerate(alphabet)}
-    lengths = torch.tensor([len(t) for t in texts])
-    longest = max(1, int(lengths.max())) if len(texts) else 1
-    return torch.tensor([[index[c] for c in t] + [BLANK] * (longest - len(t)) for t in texts]), lengths
+    longest = max(1, *map(len, texts), 1)
+    targets = torch.tensor([[index[c] for c in t] + [BLANK] * (longest - len(t)) for t in texts], dtype=torch.long)
+    return targets.view(len(texts), longest), torch.tensor([len(t) for t in texts], dtype=torch.long)
 
 
 def text_loss(logits, texts, alphabet):
@@ -156,6 +156,94 @@ def text_loss(logits, texts, alphabet):
 def probability(logits, texts, alphabet):
     """The probability of each string given its image, exactly: the sum over all CTC alignments. float32 (B,) in [0, 1]."""
     return (-text_loss(logits, texts, alphabet)).exp().clamp(0, 1)
+
+
+def aligned_decode(logits, slots):
+    """The most probable alignment whose k-th character is one of slots[k], by Viterbi's algorithm over time.
+
+    logits (T, B, C); slots: bool (S, C), what may stand at each place. Returns (B, S) class indices and (B, S) runners-up:
+    the next best allowed class where the alignment reads that place. An alignment that cannot be gives log(0) somewhere,
+    never an error."""
+    log_probs = logits.float().log_softmax(2)                       # (T, B, C)
+    T, B, C = log_probs.shape
+    S, never = len(slots), torch.finfo(torch.float32).min / 4
+    # Two kinds of state: `char[s, c]`, place s was just read as c, and `gap[s]`, a blank after s places. Because a char
+    # state knows its character, one that repeats its left neighbour can only be reached through the gap between them.
+    char = log_probs.new_full((B, S, C), never)
+    gap = log_probs.new_full((B, S + 1), never)
+    gap[:, 0] = 0
+    from_char, from_gap = [], []
+    for t in range(T):
+        best2, who2 = char.topk(2, 2)                               # (B, S, 2), to know the best of all others
+        left = torch.cat((char.new_full((B, 1, C), never), best2[:, :-1, :1].expand(-1, -1, C).clone()), 1)
+        left_who = F.pad(who2[:, :-1, :1], (0, 0, 1, 0)).expand(-1, -1, C).clone()          # (B, S, C)
+        own = F.pad(who2[:, :-1, :1], (0, 0, 1, 0))
+        left.scatter_(2, own, F.pad(best2[:, :-1, 1:], (0, 0, 1, 0), value=never))
+        left_who.scatter_(2, own, F.pad(who2[:, :-1, 1:], (0, 0, 1, 0)))
+        choices = torch.stack((char, gap[:, :-1, None].expand_as(char), left), 3)           # stay, after a blank, after another
+        score, choice = choices.max(3)
+        from_char.append(torch.where(choice == 2, left_who, -1 - choice))                   # -1 stay, -2 gap, else the class
+        stay = F.pad(best2[..., 0], (1, 0), value=never)            # (B, S + 1)
+        from_gap.append(torch.where(stay > gap, F.pad(who2[..., 0], (1, 0)), -1))           # -1 stay, else the class
+        gap = (torch.maximum(gap, stay) + log_probs[t, :, BLANK, None]).clamp(min=never)
+        char = (score + log_probs[t, :, None]).masked_fill(~slots, never).clamp(min=never)
+    # backwards along the best path: at place s (0: none left), reading class c or, where c is BLANK, a gap
+    best, c = char[:, -1].max(1)
+    c, s, rows = torch.where(gap[:, -1] > best, BLANK, c), torch.full((B,), S), torch.arange(B)
+    c, s, rows = c.to(gap.device), s.to(gap.device), rows.to(gap.device)
+    read = torch.full((B, S + 1), BLANK, device=gap.device)
+    peak = torch.full((B, S + 1), never, device=gap.device)
+    second = read.clone()
+    for t in range(T - 1, -1, -1):
+        in_char = c != BLANK
+        sharper = in_char & (log_probs[t, rows, c] > peak[rows, s])
+        others = log_probs[t].masked_fill(~slots[(s - 1).clamp(min=0)], never).scatter(1, c[:, None], never)
+        read[rows, s] = torch.where(in_char, c, read[rows, s])
+        second[rows, s] = torch.where(sharper, others.argmax(1), second[rows, s])
+        peak[rows, s] = torch.where(sharper, log_probs[t, rows, c], peak[rows, s])
+        step = torch.where(in_char, from_char[t][rows, (s - 1).clamp(min=0), c], from_gap[t][rows, s])
+        s = torch.where(in_char & (step != -1), s - 1, s)
+        c = torch.where(in_char, torch.where(step == -2, BLANK, torch.where(step == -1, c, step)), torch.where(step == -1, BLANK, step))
+    return read[:, 1:], second[:, 1:]
+
+
+def is_of_form(text, forms):
+    """Whether `text` has one of `forms`, each of which says for every place what characters may stand there."""
+    return any(len(text) == len(form) and all(c in allowed for c, allowed in zip(text, form)) for form in forms)
+
+
+def candidates(logits, alphabet, forms=()):
+    """The likeliest strings of each image: B lists of (text, probability), the most probable first.
+
+    They are the best alignment of each of `forms` (without any: greedy_decode's string), and its neighbours with one
+    character exchanged for the next best, ranked by their exact probability."""
+    greedy = greedy_decode(logits, alphabet)
+    texts = [{text} if not forms or is_of_form(text, forms) else set() for text in greedy]
+    for form in forms or [[alphabet] * n for n in {len(text) for text in greedy} - {0}]:
+        rows = [b for b, text in enumerate(greedy) if forms or len(text) == len(form)]
+        slots = torch.tensor([[False] + [c in allowed for c in alphabet] for allowed in form], device=logits.device)
+        best, second = (x.unsqueeze(1) for x in aligned_decode(logits[:, rows], slots))         # (B, 1, S)
+        swapped = torch.where(torch.eye(len(form), dtype=torch.bool, device=logits.device), second, best)       # (B, S, S)
+        for b, strings in zip(rows, torch.cat((best, swapped), 1).tolist()):
+            texts[b].update("".join(alphabet[c - 1] for c in s) for s in strings if BLANK not in s)
+    pairs = [(b, text) for b, some in enumerate(texts) for text in sorted(some)]
+    sure = probability(logits[:, [b for b, _ in pairs]], [text for _, text in pairs], alphabet).tolist() if pairs else []
+    found = [[] for _ in greedy]
+    for (b, text), p in zip(pairs, sure):
+        found[b].append((text, p))
+    return [sorted(some, key=lambda pair: -pair[1]) for some in found]
+
+
+def decode(logits, alphabet, forms=()):
+    """(B strings, their B probabilities): greedy, or with `forms` the likeliest string that has one of them."""
+    texts = greedy_decode(logits, alphabet)
+    sure = probability(logits, texts, alphabet).tolist() if texts else []
+    # more than half of the probability leaves no room for a rival, so few images need the search
+    hard = [b for b, text in enumerate(texts) if forms and (sure[b] <= 0.5 or not is_of_form(text, forms))]
+    if hard:
+        for b, found in zip(hard, candidates(logits[:, hard], alphabet, forms)):
+            texts[b], sure[b] = found[0] if found else (texts[b], sure[b])
+    return texts, sure
 
 
 # --------------------------------------------------------------------------------------------------------------

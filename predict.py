@@ -2,30 +2,33 @@
 
     python predict.py ckpt.pth crop.jpg                     # path, plate and confidence, tab-separated
     python predict.py ckpt.pth FOLDER "more/*.png"          # folders and quoted patterns
+    python predict.py ckpt.pth crop.jpg --explain ctc.png   # how CTC came to its answer, as a picture
+    python predict.py ckpt.pth --export model.onnx          # for use without these files
 
 In Python:
 
     from predict import load, read
     model = load("ckpt.pth")
-    plates = read(model, ["crop.jpg", array])               # [("皖AX511H", 0.998), ...]
+    plates = list(read(model, ["crop.jpg", array]))          # [("皖AX511H", 0.998), ...]
 
 It reads crops of one plate each; a detector comes before it.
 """
 import argparse
 import glob
 import itertools
-import math
+import json
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import data
 import model as crnn
+from evaluate import default_forms
 
 
 def load(path, device="auto"):
@@ -34,13 +37,15 @@ def load(path, device="auto"):
     return model.fold()
 
 
-def read(model, sources, precision="auto", batch_size=256, workers=None):
+def read(model, sources, precision="auto", grammar=None, top=1, batch_size=256, workers=None):
     """Yield (plate, confidence) for each of `sources` in order: paths, or arrays (H, W, 3) or (H, W) of uint8.
 
-    The confidence, in [0, 1], is the exact probability of the string under the model. A source that cannot be read
-    gives (None, reason)."""
+    The confidence, in [0, 1], is the exact probability of the string under the model. grammar: take the likeliest string
+    that is a plate (default: for checkpoints that read Chinese plates). With top > 1 it is a list of the likeliest pairs.
+    A source that cannot be read gives (None, reason)."""
     size, device = model.config["size"], next(model.parameters()).device
     precision, sources = crnn.pick_precision(precision, device), iter(sources)
+    forms = default_forms(model) if grammar is None else data.FORMS if grammar else ()
 
     def decode(source):
         try:
@@ -48,19 +53,20 @@ def read(model, sources, precision="auto", batch_size=256, workers=None):
         except ValueError as error:
             return str(error)
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    def answer(images):
+        logits = crnn.predict_logits(model, torch.stack(images), precision)
+        if top > 1:
+            return iter([some[:top] for some in crnn.candidates(logits, model.config["alphabet"], forms)])
+        return zip(*crnn.decode(logits, model.config["alphabet"], forms))
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, ThreadPoolExecutor(1) as ahead:
         fetch = lambda: list(pool.map(decode, itertools.islice(sources, batch_size)))
-        with ThreadPoolExecutor(1) as ahead:                    # decodes the next batch while the network reads this one
+        future = ahead.submit(fetch)                            # the next batch is decoded while the network reads this one
+        while items := future.result():
             future = ahead.submit(fetch)
-            while items := future.result():
-                future = ahead.submit(fetch)
-                images = [x for x in items if isinstance(x, torch.Tensor)]
-                answers = iter(())
-                if images:
-                    logits = crnn.predict_logits(model, torch.stack(images), precision)
-                    texts = crnn.greedy_decode(logits, model.config["alphabet"])
-                    answers = zip(texts, crnn.probability(logits, texts, model.config["alphabet"]).tolist())
-                yield from (next(answers) if isinstance(x, torch.Tensor) else (None, x) for x in items)
+            images = [x for x in items if isinstance(x, torch.Tensor)]
+            answers = answer(images) if images else ()
+            yield from (next(answers) if isinstance(x, torch.Tensor) else (None, x) for x in items)
 
 
 def find(arguments):
@@ -74,10 +80,73 @@ def find(arguments):
             yield Path(argument)
 
 
+def explain(model, path, out, precision="auto"):
+    """Write a picture of CTC at work on one image: the crop, the time steps under it with the character that each spells
+    (blanks as dots, taller where surer), the collapsed string with its probability, and the runners-up."""
+    image = data.read_image(path, model.config["size"])
+    logits = crnn.predict_logits(model, image[None], crnn.pick_precision(precision, next(model.parameters()).device)).cpu()
+    probs, steps = logits[:, 0].softmax(1), len(logits)
+    cell = 28                                                   # pixels a time step, so that a column stands under its pixels
+    width, alphabet = cell * steps, model.config["alphabet"]
+    crop = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, width * image.shape[1] // image.shape[2]), Image.BILINEAR)
+    page = Image.new("RGB", (width, crop.height + 330), "white")
+    page.paste(crop)
+    draw, floor = ImageDraw.Draw(page), crop.height + 150
+    place = lambda text, x, y, high, colour=(0, 0, 0): page.paste(Image.fromarray(
+        data.text_picture(text, high, [colour] * len(text)).permute(1, 2, 0).numpy()), (x, y))
+    for t, (p, k) in enumerate(zip(*(x.tolist() for x in probs.max(1)))):
+        x, colour = t * cell, (170, 170, 170) if k == crnn.BLANK else (30, 90, 200)
+        draw.rectangle((x + 3, floor - round(p * 130), x + cell - 4, floor), fill=colour)
+        if k == crnn.BLANK:
+            draw.ellipse((x + cell // 2 - 2, floor + 20, x + cell // 2 + 2, floor + 24), fill=colour)
+        else:
+            draw.line((x + cell // 2, 0, x + cell // 2, crop.height), fill=(255, 220, 0))
+            place(alphabet[k - 1], x + 5, floor + 6, 32)
+    for row, (text, p) in enumerate(crnn.candidates(logits, alphabet, default_forms(model))[0][:4]):
+        x, y, high = (8, floor + 52, 44) if row == 0 else (8 + (row - 1) * width // 3, floor + 118, 28)
+        place(text, x, y, high, (0, 0, 0) if row == 0 else (120, 120, 120))
+        place(f"{p:.4f}", x + len(text) * (high // 2 + 2) + high // 2, y + high // 4, high // 2, (120, 120, 120))
+    page.save(out)
+
+
+def export(model, out):
+    """Write the network for use without these files, uint8 (B, 3, H, W) in and logits (T, B, C) out for any B, and check that
+    it computes the same: .pt2 by torch.export, .onnx by torch.onnx. Alphabet and size go along as metadata."""
+    images = torch.randint(0, 256, (2, 3, *model.config["size"]), dtype=torch.uint8)
+    facts = {"alphabet": model.config["alphabet"], "size": " ".join(map(str, model.config["size"])), "blank": str(crnn.BLANK)}
+    model, some = model.cpu(), torch.randint(0, 256, (5, 3, *model.config["size"]), dtype=torch.uint8)
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    if out.endswith(".onnx"):
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"{out}: needs {error.name}; install both with: pip install onnx onnxscript onnxruntime") from None
+        torch.onnx.export(model, (images,), out, input_names=["images"], output_names=["logits"], dynamic_shapes=batch, dynamo=True, external_data=False)
+        graph = onnx.load(out)
+        onnx.helper.set_model_props(graph, facts)
+        onnx.save(graph, out)
+        answer = torch.from_numpy(onnxruntime.InferenceSession(out).run(None, {"images": some.numpy()})[0])
+    elif out.endswith(".pt2"):
+        torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), out, extra_files={"facts.json": json.dumps(facts)})
+        answer = torch.export.load(out).module()(some)
+    else:
+        raise ValueError(f"{out}: name it .pt2 or .onnx")
+    with torch.no_grad():
+        apart = (answer - model(some)).abs().max().item()
+    if apart > 1e-3:
+        raise ValueError(f"{out}: its output is {apart:.1e} away from the network's; do not use it")
+    print(f"{out}: written; agrees with the network to {apart:.1e}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, folders, quoted patterns")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders, quoted patterns")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest strings, each with its probability")
+    parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
+    parser.add_argument("--explain", metavar="OUT.png", help="draw how the first image was read")
+    parser.add_argument("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
     parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
@@ -86,20 +155,26 @@ def main(argv=None):
     sys.stdout.reconfigure(encoding="utf8", errors="surrogateescape")
     try:
         model, paths = load(args.checkpoint, args.device), list(find(args.paths))
+        if not paths and not args.export:
+            raise ValueError(f"{' '.join(args.paths) or 'PATH'}: no images there; name files, folders or quoted patterns")
+        if args.explain:
+            explain(model, paths[0], args.explain, args.precision)
+        if args.export:
+            export(model, args.export)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     failed, start = 0, time.time()
-    answers = read(model, paths, args.precision, args.batch_size, args.workers)
-    for path, (plate, confidence) in data.progress(zip(paths, answers), len(paths), "image"):
-        if plate is None:
+    answers = read(model, paths, args.precision, args.grammar, args.top, args.batch_size, args.workers)
+    for path, answer in data.progress(zip(paths, answers), len(paths), "image"):
+        if answer[0] is None:
             failed += 1
-            print(f"error: {confidence}", file=sys.stderr)
+            print(f"error: {answer[1]}", file=sys.stderr)
         else:
             name = str(path).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-            print(f"{name}\t{plate}\t{confidence:.4f}")
-    seconds = time.time() - start
-    print(f"{len(paths) - failed:,} read, {failed:,} unreadable, {(len(paths) - failed) / seconds:.0f} images/s", file=sys.stderr)
-    sys.exit(1 if failed or not paths else 0)
+            print(name, *(f"{plate}\t{p:.4f}" for plate, p in (answer if args.top > 1 else [answer])), sep="\t")
+    if paths:
+        print(f"{len(paths) - failed:,} read, {failed:,} unreadable, {(len(paths) - failed) / (time.time() - start):.0f} images/s", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
