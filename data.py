@@ -282,13 +282,17 @@ def load_glyphs(height, device="cpu", path=None):
     return cells.clamp(0, 1).to(device)
 
 
-def random_plates(n, generator, green=0.0):
-    """n plate strings, every province equally often; a share `green` of them has the eight characters of green plates."""
-    pick = lambda chars, k: [[chars[i] for i in row] for row in torch.randint(
-        len(chars), (n, k), generator=generator, device=generator.device).tolist()]
-    tails = pick(DIGITS * 7 + LETTERS, 6)                       # about three digits to a letter, as on real plates
-    return ["".join(p + a + t[:6 if k < green * n else 5])
-            for k, (p, a, t) in enumerate(zip(pick(PROVINCES, 1), pick(LETTERS, 1), tails))]
+def random_plates(n, generator, green=0.0, odd=0.0):
+    """n strings, a share `green` of them, the first, with the eight characters of green plates; every province equally often.
+
+    A share `odd`, the last, are no plates: provinces stand at half of all places, for practice."""
+    def pick(chars, k):
+        return [[chars[i] for i in row] for row in torch.randint(len(chars), (n, k), generator=generator, device=generator.device).tolist()]
+    plates = zip(pick(PROVINCES, 1), pick(LETTERS, 1), pick(DIGITS * 7 + LETTERS, 6))     # three digits to a letter, as on real ones
+    texts = ["".join(p + a + tail[:6 if k < green * n else 5]) for k, (p, a, tail) in enumerate(plates)]
+    strange = pick(PROVINCES + "." * len(PROVINCES), 6)
+    return [text if k < n - odd * n else text[0] + "".join(a if b == "." else b for a, b in zip(text[1:], strange[k]))
+            for k, text in enumerate(texts)]
 
 
 def paint(texts, glyphs, generator):
@@ -311,7 +315,7 @@ def paint(texts, glyphs, generator):
         plate.copy_(ground + (0.9 - ground) * down)
         ink = 0.2 * rand(3, 1, 1)
     else:
-        plate.copy_(torch.tensor([0.05, 0.15, 0.5], device=device).view(3, 1, 1) + 0.3 * rand(3, 1, 1))
+        plate.copy_(torch.tensor([0.05, 0.1, 0.4], device=device).view(3, 1, 1) + torch.tensor([0.3, 0.4, 0.6], device=device).view(3, 1, 1) * rand(3, 1, 1))
         ink = 0.75 + 0.25 * rand(1, 1, 1) + 0.1 * (rand(3, 1, 1) - 0.5)
 
     def stamp(mask, x, y, colour):                              # lay `mask` with its upper left corner at x, y mm
@@ -331,7 +335,7 @@ def paint(texts, glyphs, generator):
     codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
     x = 15.5
     for k in range(codes.shape[1]):
-        mask = glyphs[faces[k > 0], codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
+        mask = glyphs[torch.where(codes[:, k] < len(DIGITS + LETTERS), faces[1], faces[0]), codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
         wide = 43 if green and k else 45
         if wide == 43:
             mask = F.interpolate(mask, (mask.shape[2], round(43 * mm)), mode="bilinear", antialias=True)
@@ -368,7 +372,7 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
     quad = square + torch.stack((shear * square[:, 1], tilt * square[:, 0]), 2) + 0.04 * strength * randn(4, 2)
     low, high = quad.amin(1, keepdim=True), quad.amax(1, keepdim=True)
     quad = (2 * quad - low - high) / (high - low)               # its bounding box fills the crop ...
-    loose, tight = torch.tensor([-0.07, -0.12], device=device), torch.tensor([0.07, 0.45], device=device)
+    loose, tight = torch.tensor([-0.05, -0.1], device=device), torch.tensor([0.1, 0.45], device=device)
     quad = quad * (1 + strength * (loose + (tight - loose) * rand(1, 2))) + strength * 0.04 * (randn(1, 2))
     # ... and the homography from crop to picture follows from the corners (Hartley and Zisserman, 4.1)
     target = (square * (1 - 2 * torch.as_tensor(rim, device=device))).expand(B, 4, 2)
@@ -384,6 +388,9 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
 
     # light: its strength and colour, a slope across the plate, haze, a glare
     gain = (strength * (0.45 * randn(1, 1, 1) + 0.25 * randn(3, 1, 1))).exp()
+    grey = strength * rand(1, 1) ** 2                           # some cameras see little colour, all see it their own way
+    mix = (1 - grey) * torch.eye(3, device=device) + grey / 3 + 0.15 * strength * randn(3, 3)
+    images = (mix @ images.flatten(2)).view(B, 3, H, W)
     slope = strength * 0.3 * (randn(1, 1, 1) * xs + randn(1, 1, 1) * ys)
     spot = ((xs - 2 * rand(1, 1, 1) + 1) * (1 + 2 * rand(1, 1, 1))).square() + (ys - 2 * rand(1, 1, 1) + 1).square()
     glare = (strength * 1.2 * rand(1, 1, 1) - 0.6).clamp(min=0) * (-2 * spot).exp()
@@ -391,11 +398,14 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
     haze = 0.5 * strength * rand(1, 1, 1) ** 4
     images = images.lerp(rand(3, 1, 1).expand_as(images), haze).clamp(0, 1)
 
-    # blur, wider along one axis when something moved
+    # blur, wider along one axis when something moved, and sharpening
     reach = torch.arange(-3, 4, device=device)
+    sharp = strength * rand(1) ** 2                             # phones sharpen what they blurred, with a dark rim
+    halo = (reach == 0).float() - torch.softmax(-reach ** 2 / 3, 0)
     for axis in (2, 3):
         sigma = 0.15 + strength * (H / 32) * (0.7 * rand(1) ** 3 + 1.2 * rand(1) ** 10)
-        kernel = torch.softmax(-reach ** 2 / (2 * sigma ** 2), 1).repeat_interleave(3, 0)
+        kernel = torch.softmax(-reach ** 2 / (2 * sigma ** 2), 1) + sharp * halo
+        kernel = kernel.repeat_interleave(3, 0)
         kernel, pad = (kernel.view(-1, 1, 7, 1), (0, 0, 3, 3)) if axis == 2 else (kernel.view(-1, 1, 1, 7), (3, 3, 0, 0))
         images = F.conv2d(F.pad(images, pad, mode="replicate").flatten(0, 1).unsqueeze(0), kernel, groups=3 * B).view(B, 3, H, W)
 
@@ -413,11 +423,11 @@ def glyph_height(size):
     return round(1.25 * size[0])
 
 
-def draw_plates(n, size, generator, glyphs, green=0.0):
+def draw_plates(n, size, generator, glyphs, green=0.0, odd=0.0):
     """n photographs of plates that do not exist: uint8 (n, 3, *size) and their n strings, all drawn from `generator`.
 
     glyphs: load_glyphs(glyph_height(size), generator.device)."""
-    texts, images = random_plates(n, generator, green), []
+    texts, images = random_plates(n, generator, green, odd), []
     for k in range(0, n, 16):                       # each handful has a resolution of its own
         for length in (8, 7):                      # the order random_plates has them in
             some = [t for t in texts[k:k + 16] if len(t) == length]

@@ -12,7 +12,6 @@ import contextlib
 import os
 import pickle
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -285,19 +284,19 @@ def predict_logits(model, images, precision="fp32"):
 # Checkpoints: {"model": weights, "config": CRNN's arguments, and what the trainer adds: "args", "metrics"}, plain types
 
 def save_atomically(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile."""
-    path = Path(path)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile. Raises OSError with one
+    sentence where there is no room or no permission."""
+    path, partial = Path(path), Path(f"{path}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0][:80]}); free some space or choose another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checkpoint(model, **info):

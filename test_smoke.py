@@ -284,17 +284,266 @@ def test_checkpoint_is_a_copy(tmp_path):
     assert torch.equal(crnn.load_checkpoint(tmp_path / "a.pth")[0](images), before)
 
 
-def test_bad_input(crops, reader, tmp_path):
-    """One sentence on stderr that names the file, a code that is not 0, and no traceback."""
-    (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "half.pth").write_bytes(reader[0].read_bytes()[:5000])
-    torch.save({"weights": 1}, tmp_path / "other.pth")
+# ---------------------------------------------------------------------------------------------------- data tools
+
+def test_audit_finds_what_is_wrong(crops, tmp_path):
+    folder = tmp_path / "set"
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+    source = sorted((crops / "train").iterdir())
+    for k, path in enumerate(source[:6]):
+        (folder / "train" / path.name).write_bytes(path.read_bytes())
+    run("data.py", "audit", folder)
+    plate = source[0].stem.split("-")[1]
+    (folder / "test" / f"copy-{plate}.jpg").write_bytes(source[0].read_bytes())             # a duplicate, and an overlap
+    run("data.py", "audit", folder)                                                         # both only reported
+    (folder / "test" / "1-皖AO0003.jpg").write_bytes(source[1].read_bytes()[:400])           # truncated, with a letter O
+    (folder / "test" / "holiday.jpg").write_bytes(source[2].read_bytes())                   # no label, another duplicate
+    out, _ = run("data.py", "audit", folder, "--json", tmp_path / "a.json", code=1)
+    found = json.loads((tmp_path / "a.json").read_text("utf8"))
+    assert found["overlap"] == [plate] and len(found["duplicates"]) == 2 and "holiday.jpg" in found["unparsed"][0]
+    assert "1-皖AO0003.jpg" in found["unreadable"][0] and "1-皖AO0003.jpg" in found["repaired"][0]
+    assert found["lengths"] == {"7": 8} and "警" not in found["never seen"] and "6, 6 plates" in out
+
+
+@pytest.mark.parametrize("text, indices, area", [("皖AY339S", "0_0_22_27_27_33_16", "025"), ("云BD12345", "24_1_3_25_26_27_28_29", "1")])
+def test_crop_cuts_the_plate_out_of_a_frame(tmp_path, text, indices, area):
+    """A plate painted askew into a frame with an official name comes back with its label and its pixels."""
+    generator = torch.Generator().manual_seed(0)
+    plate = data.paint([text], data.load_glyphs(90), generator)[0]
+    plate = (plate[:, 20:-20, 20:-20] * 255).to(torch.uint8)
+    h, w = plate.shape[1:]
+    frame = Image.new("RGB", (720, 1160), (90, 90, 90))
+    upright = Image.fromarray(plate.permute(1, 2, 0).numpy())
+    corners = [(500, 560), (200, 500), (205, 400), (505, 460)]                              # lower right, lower left, and on
+    canvas = Image.new("RGB", frame.size)
+    canvas.paste(upright)
+    warped = data.perspective(canvas, [[w, h], [0, h], [0, 0], [w, 0]], [list(c) for c in corners])
+    frame.paste(warped, mask=Image.eval(warped.convert("L"), lambda v: 255 * (v > 0)))
+    folder = tmp_path / "frames" / "sub"
+    folder.mkdir(parents=True)
+    vertices = "_".join(f"{x}&{y}" for x, y in corners)
+    frame.save(folder / f"{area}-95_113-200&400_505&560-{vertices}-{indices}-37-15.png")
+    Image.new("RGB", (9, 9)).save(folder / "IMG-1.png")
+    for options in ((), ("--rectify",)):
+        out = tmp_path / f"crops{len(options)}"
+        assert "1 cut" in run("data.py", "crop", tmp_path / "frames", out, *options)[0]
+        assert "1 already there" in run("data.py", "crop", tmp_path / "frames", out, *options)[0]
+        paths, texts = data.find_crops(out)
+        assert texts == [text] and paths[0].parent.name == "sub"
+    flat = data.read_image(paths[0], (h, w)).float()
+    assert (flat - plate.float()).abs().mean() < 25
+    assert Image.open(data.find_crops(tmp_path / "crops0")[0][0]).size == (305, 160)
+
+
+def test_show_and_render(crops, tmp_path):
+    for arguments in (("drawn", tmp_path / "a.png"), (crops / "train", tmp_path / "b.png", "--augmented")):
+        run("data.py", "show", *arguments)
+        assert Image.open(arguments[1]).size[0] > 700
+    run("data.py", "render", tmp_path / "drawn", "--count", 20)
+    assert [len(data.find_crops(tmp_path / "drawn" / split)[0]) for split in ("train", "test")] == [18, 2]
+
+
+def test_another_alphabet(crops, tmp_path):
+    (tmp_path / "train").mkdir()
+    for k, path in enumerate(sorted((crops / "train").iterdir())[:12]):
+        Image.open(path).save(tmp_path / "train" / f"{k}-{'oI' * (k % 3 + 1)}.png")
+    out = tmp_path / "ckpt.pth"
+    run("train.py", "--data", tmp_path, "--alphabet", "oI", "--epochs", 1, "--batch-size", 4000, "--val", 0.4, "--out", out)
+    assert crnn.load_checkpoint(out)[0].config["alphabet"] == "oI"
+    run("evaluate.py", out, "--split", "train")
+
+
+# --------------------------------------------------------------------------------------- decoding a plate as a plate
+
+def test_alignment_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    for T, C, S in [(5, 4, 3), (4, 3, 2), (6, 3, 3), (3, 4, 3)] * 10:
+        logits = torch.randn(T, 1, C, generator=generator) * 2
+        slots = torch.rand(S, C, generator=generator) < 0.7
+        slots[:, 0], slots[:, 1] = False, slots[:, 1] | ~slots[:, 1:].any(1)
+        log_probs, best = logits.log_softmax(2)[:, 0], (-math.inf, None)
+        for path in itertools.product(range(C), repeat=T):
+            string = [k for k, _ in itertools.groupby(path) if k]
+            if len(string) == S and all(slots[k, c] for k, c in enumerate(string)):
+                best = max(best, (sum(log_probs[t, c].item() for t, c in enumerate(path)), string))
+        read = crnn.aligned_decode(logits, slots)[0][0].tolist()
+        assert read == best[1] or best[1] is None and crnn.BLANK in read or best[1] is None
+
+
+def test_grammar_gives_plates_and_never_a_less_likely_one():
+    generator = torch.Generator().manual_seed(1)
+    texts = ["皖A12345", "皖A2345", "A12345皖", "粤BD12345", "皖AA1122"] * 4
+    logits = torch.randn(32, len(texts), 66, generator=generator)
+    for b, text in enumerate(texts):                # spikes where the text stands, of all strengths
+        for k, c in enumerate(text):
+            logits[3 * k + 2, b, 1 + data.ALPHABET.index(c)] += 3 + b / 4
+        logits[:, b, 0] += 4
+    greedy = crnn.greedy_decode(logits, data.ALPHABET)
+    sure = crnn.probability(logits, greedy, data.ALPHABET)
+    read, better = crnn.decode(logits, data.ALPHABET, data.FORMS)
+    assert all(crnn.is_of_form(t, data.FORMS) for t in read) and not all(crnn.is_of_form(t, data.FORMS) for t in greedy)
+    assert all(p >= q - 1e-6 for p, q, t in zip(better, sure.tolist(), greedy) if crnn.is_of_form(t, data.FORMS))
+    assert torch.allclose(crnn.probability(logits, read, data.ALPHABET), torch.tensor(better), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ nothing is lost
+
+FAST = ("--epochs", 3, "--batch-size", 50, "--precision", "fp32", "--device", "cpu", "--val", 0.2)
+
+
+@pytest.mark.parametrize("drawn_share", [0.0, 0.5])
+def test_resume_is_bit_for_bit(crops, tmp_path, monkeypatch, drawn_share):
+    monkeypatch.setattr(train, "EPOCH", 200)
+    common = ["--data", str(crops), "--synthetic", str(drawn_share), *map(str, FAST)]
+    train.main(common + ["--out", str(tmp_path / "whole.pth"), "--workers", "1"])
+    average, calls = train.average, []
+
+    def stop_in_the_second_epoch(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        average(*arguments)
+
+    monkeypatch.setattr(train, "average", stop_in_the_second_epoch)
+    with pytest.raises(SystemExit) as stop:
+        train.main(common + ["--out", str(tmp_path / "parts.pth")])
+    assert stop.value.code == 130 and crnn.load_checkpoint(tmp_path / "parts.pth")
+    monkeypatch.setattr(train, "average", average)
+    with pytest.raises(SystemExit, match="--lr"):
+        train.main(common + ["--out", str(tmp_path / "parts.pth"), "--resume", "--lr", "0.5"])
+    train.main(common + ["--out", str(tmp_path / "parts.pth"), "--resume", "--workers", "3"])
+    whole, parts = (torch.load(tmp_path / f"{name}.state.pth", weights_only=True) for name in ("whole", "parts"))
+    for what in ("model", "ema"):
+        assert all(torch.equal(whole[what][k], parts[what][k]) for k in whole[what])
+    assert whole["epoch"] == parts["epoch"] == 3 and [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in parts["history"]]
+
+
+def shard_gradients(rank, folder):
+    """One of two ranks: the gradients of half a batch under DistributedDataParallel."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    images, texts, network = torch.load(f"{folder}/batch.pt", weights_only=False)
+    network = torch.nn.parallel.DistributedDataParallel(network.eval())
+    train.batch_loss(network(images[rank::2]), texts[rank::2], data.ALPHABET).backward()
+    if rank == 0:
+        torch.save([p.grad for p in network.module.parameters()], f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_gradients_of_one(tmp_path):
+    torch.manual_seed(0)
+    network, (images, texts) = crnn.CRNN(data.ALPHABET).eval(), drawn(8)
+    torch.save((images, texts, network), tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(shard_gradients, (str(tmp_path),), nprocs=2)
+    train.batch_loss(network(images), texts, data.ALPHABET).backward()
+    for mine, theirs in zip(network.parameters(), torch.load(tmp_path / "gradients.pt")):
+        assert torch.allclose(mine.grad, theirs, atol=1e-5)
+
+
+def test_a_run_on_two_processes(crops, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "train.py", "--data", str(crops),
+              "--epochs", "1", "--batch-size", "2000", "--device", "cpu", "--out", str(tmp_path / "ckpt.pth")]
+    done = subprocess.run(launch, cwd=HERE, capture_output=True, encoding="utf8")
+    assert done.returncode == 0 and "2 process(es)" in done.stdout and done.stdout.count("=== epoch") == 1, done.stderr
+    assert crnn.load_checkpoint(tmp_path / "ckpt.pth")
+
+
+def test_numbers_that_are_none_stop_the_run(crops, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EPOCH", 4000)
+    with pytest.raises(SystemExit, match="lower --lr"):
+        train.main(["--data", str(crops), "--lr", "1e30", *map(str, FAST), "--out", str(tmp_path / "c.pth")])
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("trapped"),)
+
+
+def hostile(folder, reader, good):
+    """Everything that breaks readers, by name."""
+    folder.mkdir()
+    picture = Image.open(good)
+    (folder / "zero.jpg").touch()
+    (folder / "cut.jpg").write_bytes(good.read_bytes()[:500])
+    (folder / "text.jpg").write_text("no image")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    (folder / "folder.jpg").mkdir()
+    (folder / "link.jpg").symlink_to(folder / "nowhere.jpg")
+    fine = ["with space.jpg", "quo'te\".jpg", "new\nline.jpg", "smile😀.jpg", "pixel.png", "line.png", "film.gif"]
+    for name in fine[:4]:
+        picture.save(folder / name, "JPEG")
+    picture.resize((1, 1)).save(folder / "pixel.png")
+    picture.resize((10000, 1)).save(folder / "line.png")
+    picture.save(folder / "film.gif", save_all=True, append_images=[picture.rotate(9)])
+    return fine
+
+
+def test_hostile_images(reader, crops, tmp_path):
+    fine = hostile(tmp_path / "in", reader, sorted((crops / "test").iterdir())[0])
+    lines, said = run("predict.py", reader[0], tmp_path / "in", tmp_path / "in" / "folder.jpg", code=1)
+    assert len(lines.splitlines()) == len(fine) and "new\\nline.jpg" in lines and f"{len(fine)} read" in said
+    assert all(name in said for name in ("zero.jpg", "cut.jpg", "text.jpg", "bomb.png", "link.jpg"))
+
+
+def hostile_commands(folder, checkpoint, crops):
+    (folder / "half.pth").write_bytes(checkpoint.read_bytes()[:5000])
+    (folder / "zero.pth").touch()
+    torch.save({"weights": 1}, folder / "other.pth")
+    torch.save({"model": Trap()}, folder / "trap.pth")
+    (folder / "empty").mkdir()
+    (folder / "frames").mkdir()
     good = sorted((crops / "test").iterdir())[0]
-    lines, said = run("predict.py", reader[0], tmp_path / "text.jpg", good, tmp_path / "absent.jpg", code=1)
-    assert len(lines.splitlines()) == 1 and "text.jpg" in said and "absent.jpg" in said and "1 read, 2 unreadable" in said
-    for command, name in [(("predict.py", tmp_path / "half.pth", good), "half.pth"), (("evaluate.py", tmp_path / "other.pth"), "other.pth"),
-                          (("evaluate.py", reader[0], "--data", tmp_path / "empty"), "empty"), (("evaluate.py", tmp_path / "no.pth"), "no.pth"),
-                          (("train.py", "--data", tmp_path / "empty", "--out", tmp_path / "x.pth"), "empty"),
-                          (("train.py", "--size", 50, 131, "--out", tmp_path / "x.pth"), "--size")]:
-        assert name in run(*command, code=1)[1]
+    picture = Image.open(good)
+    picture.save(folder / "frames" / "01-0_1-249&528_393&586-392&584_249&586_250&530_393&528-0_0_25_27_7_26_29-131-21.jpg")
+    (folder / "long").mkdir()
+    picture.save(folder / "long" / f"{'ab' * 30}.jpg")
+    (folder / "file").touch()
+    return [(("predict.py", folder / name, good), name) for name in ("half.pth", "zero.pth", "other.pth", "trap.pth", "absent.pth", "empty")] + [
+        (("evaluate.py", checkpoint, "--data", folder / "empty"), "empty"),
+        (("evaluate.py", checkpoint, "--data", folder / "frames"), "data.py crop"),
+        (("evaluate.py", checkpoint, "--data", folder / "absent"), "absent"),
+        (("evaluate.py", checkpoint, "--data", crops, "--json", folder / "absent" / "m.json"), "m.json"),
+        (("train.py", "--data", folder / "empty", "--out", folder / "x.pth"), "empty"),
+        (("train.py", "--data", folder / "long", "--alphabet", "ab", "--out", folder / "x.pth"), "time steps"),
+        (("train.py", "--out", folder / "file" / "x.pth"), "file"),
+        (("train.py", "--size", 50, 131, "--out", folder / "x.pth"), "--size"),
+        (("train.py", "--init", folder / "other.pth", "--out", folder / "x.pth"), "other.pth"),
+        (("predict.py", checkpoint, folder / "empty"), "no images"),
+        (("predict.py", checkpoint, "--export", folder / "model.xyz"), ".pt2 or .onnx"),
+        (("data.py", "show", folder / "empty", folder / "s.png"), "empty"),
+        (("data.py", "glyphs", folder / "file"), "file")]
+
+
+def test_hostile_commands(reader, crops, tmp_path):
+    """One sentence on stderr that names the file and the fix, a code that is not 0, no traceback, and no code run."""
+    for command, name in hostile_commands(tmp_path, reader[0], crops):
+        said = run(*command, code=1)[1].strip().splitlines()
+        assert name in "\n".join(said) and len(said) <= 2, (command, said)
+    assert not Path(HERE, "trapped").exists()
+
+
+def test_a_full_disk_keeps_what_there_was(tmp_path):
+    """A limit on the size of files stands for a disk that fills up while a checkpoint is written."""
+    code = ("import resource, torch, model; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); torch.save(1, 'a.pth'.replace('a', r'%s/a'));"
+            "model.save_atomically(torch.zeros(9999), r'%s/a.pth')" % (tmp_path, tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, encoding="utf8")
+    assert "a.pth: cannot be written" in done.stderr and torch.load(tmp_path / "a.pth") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_explain_and_export(reader, crops, tmp_path):
+    image = sorted((crops / "test").iterdir())[0]
+    run("predict.py", reader[0], image, "--explain", tmp_path / "ctc.png", "--top", 3)
+    assert Image.open(tmp_path / "ctc.png").size[0] == 32 * 28
+    said = run("predict.py", reader[0], "--export", tmp_path / "model.pt2")[0]
+    assert "agrees" in said
+    extra = {"facts.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["facts.json"])["alphabet"] == data.ALPHABET
+
+
+def test_report(reader, crops, tmp_path):
+    said = run("evaluate.py", reader[0], "--data", crops, "--report", tmp_path / "report")[0]
+    assert "by position" in said and "calibration" in said and "unseen" in said
+    assert (tmp_path / "report" / "predictions.csv").exists() and Image.open(tmp_path / "report" / "errors.png").size[0] > 900

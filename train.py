@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -31,6 +32,7 @@ import model as crnn
 RECIPES = {"small": dict(epochs=20, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
            "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
 EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
+GREEN, ODD = 0.06, 0.33                            # shares of the drawn plates: see data.random_plates
 LOG_EVERY = 100                                     # steps
 BAD_STEPS = 30                                      # non-finite steps in a row that end a run
 FREE_TO_CHANGE = {"resume", "out", "workers", "device"}     # arguments that a resumed run may have otherwise
@@ -62,6 +64,12 @@ def average(ema, model, step):
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
             a.lerp_(b, max(0.002, 9 / (10 + step)))
+
+
+def batch_loss(logits, texts, alphabet):
+    """The mean over images of the CTC loss a character, the scalar that torch's reduction="mean" gives."""
+    lengths = torch.tensor([max(1, len(text)) for text in texts], device=logits.device)
+    return (crnn.text_loss(logits, texts, alphabet) / lengths).mean()
 
 
 def parse(argv):
@@ -132,7 +140,14 @@ def train(args):
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     out, state_path = Path(args.out), Path(args.out).with_suffix(".state.pth")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:                                            # now, not after the first epoch
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent), open(out, "ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    if not out.stat().st_size:
+        out.unlink()
 
     # the network
     alphabet = args.alphabet or data.ALPHABET
@@ -210,16 +225,14 @@ def train(args):
                         images = images.to(device, non_blocking=True)
                         parts.append(data.camera(images, size, generator, data.GENTLE) if args.augment else images)
                     if drawn:
-                        plates, words = data.draw_plates(len(range(rank, drawn, world)), size, generator, glyphs)
+                        plates, words = data.draw_plates(len(range(rank, drawn, world)), size, generator, glyphs, GREEN, ODD)
                         parts.append(plates)
                         texts = texts + words
                     images = torch.cat(parts)
                 network.train()
                 with crnn.autocast(device, precision):
                     logits = network(images)
-                # a mean over characters inside images and over images, as torch's reduction="mean" is
-                lengths = torch.tensor([len(t) for t in texts], device=device).clamp(min=1)
-                loss = (crnn.text_loss(logits, texts, alphabet) / lengths).mean()
+                loss = batch_loss(logits, texts, alphabet)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args.epochs * steps, args)
                 optimizer.zero_grad(set_to_none=True)
@@ -250,6 +263,9 @@ def train(args):
                     trues, preds, clock, window = [], [], time.time(), 0
 
             # the averaged weights are what is judged and kept
+            if world > 1:                           # ranks saw other images, so their batch-norm statistics differ
+                for buffer in ema.buffers():
+                    dist.broadcast(buffer, 0)
             files = data.loader(dataset, val_batches) if dataset else evaluate.drawn_batches(*evaluate.DRAWN_VAL, size) if rank == 0 else ()
             ema.eval()
             results = evaluate.read_batches(ema, files, precision)
