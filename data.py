@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from torchvision.transforms.functional import perspective
+from torchvision.transforms.functional import perspective, pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 
 DIGITS, LETTERS = "0123456789", "ABCDEFGHJKLMNPQRSTUVWXYZ"          # real plates hold no I and no O
@@ -38,7 +38,7 @@ CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤�
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)       # a picture too large to be a crop
 
-GENTLE = 0.4                                        # the camera's strength for crops that went through one already
+GENTLE = 0.5                                        # the camera's strength for crops that went through one already
 
 # --------------------------------------------------------------------------------------------------------------
 # Labels and files
@@ -82,8 +82,8 @@ def split_folder(root, split):
 
 
 def shown(path):
-    """A path for one line of a terminal: control characters escaped, and bytes that are no text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("ascii", "replace") for c in str(path))
+    """A path for one line of a terminal, control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def find_crops(folder, alphabet=ALPHABET):
@@ -109,22 +109,27 @@ def find_crops(folder, alphabet=ALPHABET):
     return [p for p, _ in good], [text for _, text in good]
 
 
-def read_image(source, size):
-    """An image file, or an array (H, W, 3) or (H, W) of uint8, to uint8 (3, *size) RGB.
+def open_image(source, least=None):
+    """An image file of any Pillow format and mode, or a uint8 array (H, W, 3) or (H, W), as an upright RGB Pillow image.
 
-    Any Pillow format and mode, upright by its EXIF tag; antialiased when shrinking, bilinear when growing. Raises
-    ValueError with the reason for a file that cannot be read."""
+    least: (width, height) that the JPEG decoder may shrink a far larger file to. Raises ValueError for what cannot be read."""
     try:
         with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
-            image.draft("RGB", (size[1], size[0]))              # lets the JPEG decoder shrink, where it is far too large
+            if least:
+                image.draft("RGB", least)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                      # 16 bits a pixel; convert() would clip, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            image = image.convert("RGB").resize((size[1], size[0]), Image.BILINEAR, reducing_gap=1.5)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return image.convert("RGB")
     except Exception as error:                                  # Pillow's decoders raise all sorts for broken files
-        raise ValueError(str(error) if isinstance(source, np.ndarray) else f"{shown(source)}: not a readable image "
-                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); left out") from None
+        name = "array" if isinstance(source, np.ndarray) else shown(source)
+        raise ValueError(f"{name}: not a readable image ({shown(error)[:100] or type(error).__name__}); left out") from None
+
+
+def read_image(source, size):
+    """What open_image reads as uint8 (3, *size), antialiased when shrinking, bilinear when growing: the one way images take
+    into training, evaluation and prediction."""
+    return pil_to_tensor(open_image(source, size[::-1]).resize(size[::-1], Image.BILINEAR, reducing_gap=1.5))
 
 
 def free_memory():
@@ -176,7 +181,7 @@ class PlateDataset(torch.utils.data.Dataset):
 def loader(dataset, batches):
     """(uint8 (B, 3, H, W), texts) for each list of indices in `batches`, the next one loading while one is used."""
     collate = lambda items: (torch.stack([image for image, _ in items]), [text for _, text in items]) if items else None
-    items = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate))
+    items = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available()))
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(next, items, False)
         while (batch := future.result()) is not False:
@@ -250,7 +255,7 @@ def font_glyph(char, font, pen):
     return out
 
 
-def make_glyphs(fonts, out):
+def glyphs(fonts, out):
     """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen, blank where it lacks one.
 
     The first rows are strokes.txt in OWN_ROWS pens. fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
@@ -306,8 +311,9 @@ def paint(texts, glyphs, generator):
     mm = glyphs.shape[2] / 90                                   # pixels in a millimetre
     width, gap, dot_gap, rim = (480, 9, 49, 20) if green else (440, 12, 34, 20)
     px = lambda v: round((v + rim) * mm)
-    # the bumper: a colour with soft blotches
-    canvas = (rand(1, 1, 1) + 0.5 * (rand(3, 1, 1) - 0.5)) * rand(1, 1, 1) + 0.5 * F.interpolate(rand(1, 2, 6) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear")
+    # the bumper: a colour with blotches, soft or with hard edges that must not be read as strokes
+    blotches = F.interpolate(rand(1, 2, 14) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear" if one(0, 1) < 0.5 else "nearest")
+    canvas = (rand(1, 1, 1) + 0.5 * (rand(3, 1, 1) - 0.5)) * rand(1, 1, 1) + (0.3 + 0.7 * rand(1, 1, 1)) * blotches
     plate = canvas[:, :, px(0):px(140), px(0):px(width)]
     if green:
         ground = torch.tensor([0.1, 0.6, 0.35], device=device).view(3, 1, 1) + 0.25 * rand(3, 1, 1)
@@ -331,7 +337,7 @@ def paint(texts, glyphs, generator):
 
     # one typeface for the province and one for the rest: the plate's own strokes, which are the first rows, mostly
     has = lambda char: glyphs[:, ALPHABET.index(char)].flatten(1).amax(1).nonzero().flatten()
-    faces = [rows[(torch.where(rand() < share, OWN_ROWS, len(rows)) * rand()).long()] for rows, share in ((has(PROVINCES[0]), 0.4), (has("0"), 0.8))]
+    faces = [rows[(torch.where(rand() < share, OWN_ROWS, len(rows)) * rand()).long()] for rows, share in ((has(PROVINCES[0]), 0.6), (has("0"), 0.8))]
     codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
     x = 15.5
     for k in range(codes.shape[1]):
@@ -442,49 +448,49 @@ def draw_plates(n, size, generator, glyphs, green=0.0, odd=0.0):
 
 
 def audit(folder, report=None):
-    """Print what `folder` holds and what is wrong with it; the JSON file `report` gets every offender. Returns whether
-    every name holds a label and every image can be read."""
+    """Print what `folder` holds and what is wrong with it, all offenders into the JSON file `report`. Returns whether every
+    name holds a label and every image can be read."""
     def look(path):
         try:
-            with Image.open(path) as image:
-                image.load()
-                return image.size, hashlib.blake2b(path.read_bytes()).digest()
-        except Exception as error:                              # as in read_image
-            return None, f"{shown(path)}: {error}"
+            return open_image(path).size, hashlib.blake2b(path.read_bytes()).digest()
+        except ValueError as error:
+            return None, str(error)
 
     paths = list_images(folder)
     with ThreadPoolExecutor() as pool:
         looks = list(progress(pool.map(look, paths), len(paths), "image"))
-    found = {name: [] for name in ("unparsed", "unreadable", "repaired", "duplicates", "overlap")}
+    found = {name: [] for name in ("names without a label", "unreadable images", "labels with O or I", "copies", "plates in train and test")}
+    unparsed, unreadable, repaired, copies, _ = found.values()
     texts, sizes, first = {}, [size for size, _ in looks if size], {}
     for path, (size, digest) in zip(paths, looks):
-        text, repaired = parse_label(path)
+        text, mended = parse_label(path)
         if text:
             texts.setdefault(path.relative_to(folder).parts[0] if path.parent != Path(folder) else ".", []).append(text)
-        found["unparsed"] += [] if text else [shown(path)]
-        found["repaired"] += [shown(path)] if repaired else []
+        else:
+            unparsed.append(shown(path))
+        if mended:
+            repaired.append(shown(path))
         if not size:
-            found["unreadable"].append(digest)
+            unreadable.append(digest)
         elif first.setdefault(digest, path) != path:
-            found["duplicates"].append(f"{shown(path)} is {shown(first[digest])}")
-    found["overlap"] = sorted(set(texts.get("train", ())) & set(texts.get("test", ())))
+            copies.append(f"{shown(path)} is {shown(first[digest])}")
+    found["plates in train and test"] = sorted(set(texts.get("train", ())) & set(texts.get("test", ())))
 
-    everything = [t for some in texts.values() for t in some]
-    facts = {f"images of {split}": f"{len(some):,}, {len(set(some)):,} plates" for split, some in sorted(texts.items())}
-    facts |= dict(lengths=Counter(map(len, everything)), characters=Counter("".join(everything)), provinces=Counter(t[0] for t in everything))
-    facts["never seen"] = [c for c in ALPHABET if c not in facts["characters"]]
+    everything = [text for some in texts.values() for text in some]
+    chars, provinces = Counter("".join(everything)), Counter(text[0] for text in everything)
+    facts = {f"images in {split}": {"images": len(some), "plates": len(set(some))} for split, some in sorted(texts.items())}
+    facts |= {"lengths": dict(sorted(Counter(map(len, everything)).items())), "characters": dict(sorted(chars.items())),
+              "never seen": {c: 0 for c in ALPHABET if c not in chars},
+              "provinces": {p: f"{n / len(everything):.1%}" for p, n in provinces.most_common()}}
     for name, side in (("widths", 0), ("heights", 1)):
-        facts[name] = [int(f([size[side] for size in sizes])) for f in (min, np.median, max)] if sizes else []
+        facts[name] = {f.__name__: int(f([size[side] for size in sizes])) for f in (min, np.median, max) if sizes}
     for name, fact in facts.items():
-        if name == "provinces":
-            fact = {p: f"{n:,} ({n / len(everything):.1%})" for p, n in fact.most_common()}
-        print(f"{name:16} " + ("  ".join(f"{k} {fact[k]}" for k in (fact if name == "provinces" else sorted(fact))) if isinstance(fact, dict) else str(fact)))
-    for name, what in dict(unparsed="names hold no label", unreadable="images cannot be read", repaired="labels hold the letter O or I",
-                           duplicates="images are byte for byte another", overlap="plates stand in train and in test").items():
-        print(f"{name:16} {len(found[name]):,} {what}", *found[name][:3], sep="\n                   ")
+        print(f"{name:26} " + "  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in fact.items()))
+    for name, some in found.items():
+        print(f"{name:26} {len(some):,}", *some[:3], sep="\n" + " " * 27)
     if report:
         Path(report).write_text(json.dumps(facts | found, ensure_ascii=False, indent=1), "utf8")
-    return not found["unparsed"] and not found["unreadable"]
+    return not unparsed and not unreadable
 
 
 def text_picture(text, height, colours=None):
@@ -523,22 +529,28 @@ def render(out, count, seed=0, size=(80, 256)):
     """Write `count` drawn plates as JPEG files, nine tenths to out/train and the rest to out/test."""
     generator, glyphs = torch.Generator().manual_seed(seed), load_glyphs(glyph_height(size))
     for split in ("train", "test"):
-        os.makedirs(f"{out}/{split}", exist_ok=True)
+        Path(out, split).mkdir(parents=True, exist_ok=True)
     for k in progress(range(0, count, 64), -(-count // 64), "batch"):
         images, texts = draw_plates(min(64, count - k), size, generator, glyphs)
         for i, (image, text) in enumerate(zip(images, texts), k):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{out}/{'test' if i % 10 == 9 else 'train'}/{i:07}-{text}.jpg", quality=90)
+            to_pil_image(image).save(Path(out, "test" if i % 10 == 9 else "train", f"{i:07}-{text}.jpg"), quality=90)
 
 
 def parse_frame(path):
     """A CCPD photograph's name to (box (x0, y0, x1, y1), four vertices (x, y) from the lower right on, plate).
 
-    Raises ValueError where the name is none of CCPD's or its plate holds what ALPHABET lacks (two special provinces)."""
-    numbers = [[[int(n) for n in re.split("[&]", p)] for p in part.split("_")] for part in Path(path).stem.split("-")[2:5]]
-    (low, high), vertices, indices = numbers
-    tables = [CCPD_PROVINCES, LETTERS + "O"] + [LETTERS + DIGITS + "O"] * (len(indices) - 2)
-    plate = "".join(table[i] for table, (i,) in zip(tables, indices)).replace("O", "")
-    return (*low, *high), vertices, plate
+    Raises ValueError where the name is none of CCPD's, or its plate holds characters that ALPHABET lacks (警, 学)."""
+    try:
+        box, vertices, indices = ([[int(n) for n in item.split("&")] for item in part.split("_")] for part in Path(path).stem.split("-")[2:5])
+        (x0, y0), (x1, y1) = box
+        tables = [CCPD_PROVINCES, LETTERS + "O"] + [LETTERS + DIGITS + "O"] * (len(indices) - 2)
+        plate = "".join(table[i] for table, (i,) in zip(tables, indices)).replace("O", "")      # O: no character
+        corners = [(x, y) for x, y in vertices]
+    except (ValueError, IndexError):
+        raise ValueError("the name is not a CCPD photograph's") from None
+    if not PLATE.fullmatch(plate) or len(corners) != 4:
+        raise ValueError("the plate holds characters outside the alphabet")
+    return (x0, y0, x1, y1), corners, plate
 
 
 def crop(frames, out, rectify=False, margin=0.0):
@@ -547,27 +559,21 @@ def crop(frames, out, rectify=False, margin=0.0):
     def cut(path):
         try:
             (x0, y0, x1, y1), vertices, plate = parse_frame(path)
-        except (ValueError, IndexError):
-            return "skipped, the name is not a CCPD photograph's"
-        if not PLATE.fullmatch(plate):
-            return "skipped, the plate holds characters outside the alphabet"
-        target = Path(out) / path.relative_to(frames).parent / f"{path.stem}-{plate}.jpg"
-        if target.exists():
-            return "already there"
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except Exception:                                       # as in read_image
-            return "skipped, not a readable image"
+            target = Path(out) / path.relative_to(frames).parent / f"{path.stem}-{plate}.jpg"
+            if target.exists():
+                return "already there"
+            image = open_image(path)
+        except ValueError as error:
+            return f"skipped, {str(error).removeprefix(f'{shown(path)}: ').split(' (')[0]}"
         if rectify:
             side = lambda a, b: math.dist(vertices[a], vertices[b])
-            x0, y0, x1, y1 = 0, 0, round(max(side(0, 1), side(2, 3))), round(max(side(0, 3), side(1, 2)))
+            x1, y1 = round(max(side(0, 1), side(2, 3))), round(max(side(0, 3), side(1, 2)))
+            x0, y0 = round(margin * x1), round(margin * y1)     # the plate's place in the picture pulled straight
+            image = perspective(image, vertices, [[x0 + x1, y0 + y1], [x0, y0 + y1], [x0, y0], [x0 + x1, y0]])
+            x1, y1 = x0 + x1, y0 + y1
         mx, my = round(margin * (x1 - x0)), round(margin * (y1 - y0))
-        if rectify:                                             # the corners go where the box, moved by the margin, is
-            image = perspective(image, vertices, [[x1 + mx, y1 + my], [mx, y1 + my], [mx, my], [x1 + mx, my]])
-            mx, x1, my, y1 = 0, x1 + 2 * mx, 0, y1 + 2 * my
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.part")
+        partial = target.with_suffix(".part")
         image.crop((max(0, x0 - mx), max(0, y0 - my), min(image.width, x1 + mx), min(image.height, y1 + my))).save(partial, "JPEG", quality=95)
         partial.replace(target)
         return "cut"
@@ -580,41 +586,26 @@ def crop(frames, out, rectify=False, margin=0.0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("audit", help="what is in a data set, and what is wrong with it")
-    command.add_argument("folder")
-    command.add_argument("--json", help="write the facts and every offender here")
-    command = commands.add_parser("show", help="labelled samples as one picture")
-    command.add_argument("folder", help='a folder of crops, or "drawn"')
-    command.add_argument("out")
-    command.add_argument("--augmented", action="store_true", help="as training sees them")
-    command = commands.add_parser("render", help="drawn plates as files")
-    command.add_argument("out")
-    command.add_argument("--count", type=int, default=1000, help="(default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    command = commands.add_parser("crop", help="CCPD photographs to crops")
-    command.add_argument("frames")
-    command.add_argument("out")
-    command.add_argument("--rectify", action="store_true", help="pull the plate straight by its four vertices")
-    command.add_argument("--margin", type=float, default=0.0, help="share of the plate's size added on every side (default: %(default)s)")
-    command = commands.add_parser("glyphs", help="make glyphs.png from fonts")
-    command.add_argument("fonts", nargs="+", metavar="FONT", help="a font file; FONT.ttc,N is the N-th face of a collection")
-    command.add_argument("--out", default="glyphs.png", help="(default: %(default)s)")
-    args = parser.parse_args(argv)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run, *arguments):
+        sub = commands.add_parser(run.__name__, help=run.__doc__.split(".")[0].split("\n")[0], description=run.__doc__)
+        sub.set_defaults(run=run)
+        for name, options in arguments:
+            sub.add_argument(name, **options)
+
+    flag = dict(action="store_true")
+    command(audit, ("folder", {}), ("--json", dict(dest="report", metavar="FILE")))
+    command(show, ("folder", {}), ("out", {}), ("--augmented", flag))
+    command(render, ("out", {}), ("--count", dict(type=int, default=1000)), ("--seed", dict(type=int, default=0)))
+    command(crop, ("frames", {}), ("out", {}), ("--rectify", flag), ("--margin", dict(type=float, default=0.0)))
+    command(glyphs, ("fonts", dict(nargs="+")), ("--out", dict(default="glyphs.png")))
+    arguments = vars(parser.parse_args(argv))
     sys.stdout.reconfigure(encoding="utf8", errors="replace")
     try:
-        if args.command == "audit":
-            sys.exit(0 if audit(args.folder, args.json) else 1)
-        elif args.command == "show":
-            show(args.folder, args.out, args.augmented)
-        elif args.command == "render":
-            render(args.out, args.count, args.seed)
-        elif args.command == "crop":
-            crop(args.frames, args.out, args.rectify, args.margin)
-        else:
-            make_glyphs(args.fonts, args.out)
+        sys.exit(arguments.pop("run")(**arguments) is False)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {shown(error)}")
 
 
 if __name__ == "__main__":

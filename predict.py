@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import model as crnn
@@ -88,12 +89,11 @@ def explain(model, path, out, precision="auto"):
     probs, steps = logits[:, 0].softmax(1), len(logits)
     cell = 28                                                   # pixels a time step, so that a column stands under its pixels
     width, alphabet = cell * steps, model.config["alphabet"]
-    crop = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, width * image.shape[1] // image.shape[2]), Image.BILINEAR)
+    crop = to_pil_image(image).resize((width, width * image.shape[1] // image.shape[2]), Image.BILINEAR)
     page = Image.new("RGB", (width, crop.height + 330), "white")
     page.paste(crop)
     draw, floor = ImageDraw.Draw(page), crop.height + 150
-    place = lambda text, x, y, high, colour=(0, 0, 0): page.paste(Image.fromarray(
-        data.text_picture(text, high, [colour] * len(text)).permute(1, 2, 0).numpy()), (x, y))
+    place = lambda text, x, y, high, colour=(0, 0, 0): page.paste(to_pil_image(data.text_picture(text, high, [colour] * len(text))), (x, y))
     for t, (p, k) in enumerate(zip(*(x.tolist() for x in probs.max(1)))):
         x, colour = t * cell, (170, 170, 170) if k == crnn.BLANK else (30, 90, 200)
         draw.rectangle((x + 3, floor - round(p * 130), x + cell - 4, floor), fill=colour)
@@ -105,7 +105,7 @@ def explain(model, path, out, precision="auto"):
     for row, (text, p) in enumerate(crnn.candidates(logits, alphabet, default_forms(model))[0][:4]):
         x, y, high = (8, floor + 52, 44) if row == 0 else (8 + (row - 1) * width // 3, floor + 118, 28)
         place(text, x, y, high, (0, 0, 0) if row == 0 else (120, 120, 120))
-        place(f"{p:.4f}", x + len(text) * (high // 2 + 2) + high // 2, y + high // 4, high // 2, (120, 120, 120))
+        draw.text((x + len(text) * (high // 2 + 2) + high // 3, y + high // 4), f"{p:.4f}", (120, 120, 120), ImageFont.load_default(high // 2))
     page.save(out)
 
 

@@ -32,7 +32,7 @@ import model as crnn
 RECIPES = {"small": dict(epochs=20, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
            "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
 EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
-GREEN, ODD = 0.06, 0.33                            # shares of the drawn plates: see data.random_plates
+GREEN, ODD = 0.04, 0.33                            # shares of the drawn plates: see data.random_plates
 LOG_EVERY = 100                                     # steps
 BAD_STEPS = 30                                      # non-finite steps in a row that end a run
 FREE_TO_CHANGE = {"resume", "out", "workers", "device"}     # arguments that a resumed run may have otherwise
