@@ -262,12 +262,12 @@ def glyphs(fonts, out):
     lines = Path(__file__).with_name("strokes.txt").read_text("utf8").splitlines()
     strokes = {line[0]: line[2:] for line in lines if not line.startswith("#")}
     # the more strokes a character has, the thinner they are
-    thin = lambda char: max(0.5, 0.85 - 0.025 * (strokes[char].count("/") + 1)) if char in PROVINCES else 1
-    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (7, 9, 11)]
+    thin = lambda char: max(0.7, 1 - 0.02 * (strokes[char].count("/") + 1)) if char in PROVINCES else 1
+    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (8, 10, 12)]
     for name in fonts:
         path, _, index = name.partition(",")
         font = ImageFont.truetype(path, 200, index=int(index or 0))
-        for pen in (4, 6):
+        for pen in (5, 8):
             row = [font_glyph(c, font, pen if c in PROVINCES else pen + 3) for c in ALPHABET]
             row[1] = row[1] and stroke_glyph(strokes["1"], pen + 3)     # a plate's 1 is a plain bar, whatever the typeface
             rows.append(row)
