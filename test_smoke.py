@@ -80,7 +80,7 @@ def crops(tmp_path_factory):
 def reader(tmp_path_factory):
     """A checkpoint after one short run on drawn plates alone, and what the run printed."""
     out = tmp_path_factory.mktemp("reader") / "ckpt.pth"
-    return out, run("train.py", "--epochs", 2, "--out", out)[0]
+    return out, run("train.py", "--epochs", 3, "--out", out)[0]
 
 
 # ------------------------------------------------------------------------------------------------------ data.py
@@ -268,7 +268,7 @@ def test_metrics():
 # --------------------------------------------------------------------------------------------------- the scripts
 
 def test_drawings_alone_teach_reading(reader):
-    """40,000 drawn plates, a minute or two: far above chance, which is nothing."""
+    """60,000 drawn plates, two or three minutes: far above chance, which is nothing."""
     out, said = reader
     stdout, _ = script("evaluate.py", out, "--json", out.with_suffix(".json"))
     scores = json.loads(out.with_suffix(".json").read_text("utf8"))

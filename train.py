@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ RECIPES = {"small": dict(epochs=20, lr=2e-3, weight_decay=0.02, synthetic=0.5, a
            "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
 EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
 GREEN, ODD = 0.04, 0.33                            # shares of the drawn plates: see data.random_plates
-LOG_EVERY = 100                                     # steps
+LOG_EVERY, LOG_SECONDS = 100, 30                    # a line every so many steps, or seconds where steps are slow
 BAD_STEPS = 30                                      # non-finite steps in a row that end a run
 FREE_TO_CHANGE = {"resume", "out", "workers", "device"}     # arguments that a resumed run may have otherwise
 
@@ -140,14 +141,15 @@ def train(args):
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     out, state_path = Path(args.out), Path(args.out).with_suffix(".state.pth")
-    try:                                            # now, not after the first epoch
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent), open(out, "ab"):
-            pass
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    if not out.stat().st_size:
-        out.unlink()
+    if rank == 0:
+        try:                                        # now, not after the first epoch
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out.parent):
+                pass
+            if out.is_dir():
+                raise OSError(0, "it is a folder")
+        except OSError as error:
+            raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
 
     # the network
     alphabet = args.alphabet or data.ALPHABET
@@ -208,7 +210,7 @@ def train(args):
     begin, bad = time.time(), 0
     try:
         for epoch in range(first, args.epochs):
-            losses, trues, preds, clock, window = [], [], [], time.time(), 0
+            losses, recent, clock, window = [], deque(maxlen=10), time.time(), 0
             # one order for all ranks, each takes every world-th image of a batch
             shuffle = np.random.default_rng(seed_of(args.seed, epoch))
             order = np.concatenate([shuffle.permutation(train_ids) for _ in range(math.ceil(steps * real / max(1, len(train_ids))))] or [[]])
@@ -250,17 +252,17 @@ def train(args):
                 elif bad >= BAD_STEPS:
                     raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; the best weights are kept in {out}; lower --lr (now {args.lr:g})")
                 window += len(texts)
-                if k % LOG_EVERY >= LOG_EVERY - 10 or k == steps - 1:
-                    trues, preds = trues + texts, preds + crnn.greedy_decode(logits.detach(), alphabet)
-                if (k + 1) % LOG_EVERY == 0 or k == steps - 1:
+                recent.append((texts, logits.detach()))
+                if (k + 1) % LOG_EVERY == 0 or k == steps - 1 or time.time() - clock > LOG_SECONDS:
                     speed = window * world / (time.time() - clock)
                     left = (args.epochs * steps - step - 1) * args.batch_size / speed
-                    m = evaluate.metrics(trues, preds)
+                    preds = [text for _, some in recent for text in crnn.greedy_decode(some, alphabet)]
+                    m = evaluate.metrics([text for some, _ in recent for text in some], preds)
                     say(f"epoch {epoch + 1} step {k + 1:5,}  loss {np.mean(losses[-LOG_EVERY:]):6.3f}  accuracy {m['accuracy']:.4f}  CER {m['cer']:.4f}  "
                         f"Levenshtein {m['levenshtein']:.3f}  {speed:,.0f} images/s  {left / 60:.1f} min left", flush=True)
                     if not any(preds):
                         say("  every prediction is still blank: CTC's normal first phase; it ends within about 20,000 images (the notebook's network: 80,000)")
-                    trues, preds, clock, window = [], [], time.time(), 0
+                    clock, window = time.time(), 0
 
             # the averaged weights are what is judged and kept
             if world > 1:                           # ranks saw other images, so their batch-norm statistics differ
