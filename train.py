@@ -60,17 +60,44 @@ def learning_rate(step, steps, args):
 
 
 @torch.no_grad()
-def average(ema, model, step):
-    """Move the averaged weights and batch-norm statistics towards the model's; quickly at first, then by 1/500 a step."""
+def average(ema, model, share):
+    """Move the averaged weights and batch-norm statistics by `share` towards the model's."""
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
-            a.lerp_(b, max(0.002, 9 / (10 + step)))
+            a.lerp_(b, share)
 
 
 def batch_loss(logits, texts, alphabet):
     """The mean over images of the CTC loss a character, the scalar that torch's reduction="mean" gives."""
     lengths = torch.tensor([max(1, len(text)) for text in texts], device=logits.device)
     return (crnn.text_loss(logits, texts, alphabet) / lengths).mean()
+
+
+@torch.no_grad()
+def make_batch(images, texts, drawn, size, generator, glyphs, augment):
+    """One training batch on the generator's device: crops (uint8 or None), photographed anew if asked, and `drawn` plates."""
+    parts = []
+    if images is not None:
+        images = images.to(generator.device, non_blocking=True)
+        parts.append(data.camera(images, size, generator, data.GENTLE) if augment else images)
+    if drawn:
+        plates, words = data.draw_plates(drawn, size, generator, glyphs, GREEN, ODD)
+        parts, texts = parts + [plates], texts + words
+    return torch.cat(parts), texts
+
+
+def validate(model, batches, precision, world):
+    """(metrics, mean CTC loss a character) over the batches of all processes."""
+    if world > 1:                                   # ranks saw other images, so their batch-norm statistics differ
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    results = evaluate.read_batches(model.eval(), batches, precision)
+    if world > 1:
+        shards = [None] * world
+        dist.all_gather_object(shards, results)
+        results = [sum(column, []) for column in zip(*shards)]
+    trues, preds, _, losses = results
+    return evaluate.metrics(trues, preds), float(np.mean(losses or [math.nan]))
 
 
 def parse(argv):
@@ -162,7 +189,8 @@ def train(args):
     size = model.config["size"]
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model)
-    if args.model == "notebook":
+    plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
+    if plain:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, amsgrad=True, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
@@ -221,16 +249,7 @@ def train(args):
                 seed = seed_of(args.seed, epoch, k, rank)
                 torch.manual_seed(seed)             # dropout's
                 generator = torch.Generator(device).manual_seed(seed)
-                with torch.no_grad():
-                    parts = []
-                    if real:
-                        images = images.to(device, non_blocking=True)
-                        parts.append(data.camera(images, size, generator, data.GENTLE) if args.augment else images)
-                    if drawn:
-                        plates, words = data.draw_plates(len(range(rank, drawn, world)), size, generator, glyphs, GREEN, ODD)
-                        parts.append(plates)
-                        texts = texts + words
-                    images = torch.cat(parts)
+                images, texts = make_batch(images, texts, len(range(rank, drawn, world)), size, generator, glyphs, args.augment)
                 network.train()
                 with crnn.autocast(device, precision):
                     logits = network(images)
@@ -240,17 +259,17 @@ def train(args):
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if plain else 5.0)
                 # the norm is the same on all ranks, so that they skip together
                 bad = 0 if torch.isfinite(norm) else bad + 1
                 if scaler.is_enabled() or not bad:
                     scaler.step(optimizer)
                 scaler.update()
                 if not bad:
-                    average(ema, model, step)
+                    average(ema, model, 1.0 if plain else max(1 / 500, 9 / (10 + step)))
                     losses.append(loss.item())
                 elif bad >= BAD_STEPS:
-                    raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; the best weights are kept in {out}; lower --lr (now {args.lr:g})")
+                    raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; the best weights are kept in {out}; lower --lr, now {args.lr:g}")
                 window += len(texts)
                 recent.append((texts, logits.detach()))
                 if (k + 1) % LOG_EVERY == 0 or k == steps - 1 or time.time() - clock > LOG_SECONDS:
@@ -265,25 +284,15 @@ def train(args):
                     clock, window = time.time(), 0
 
             # the averaged weights are what is judged and kept
-            if world > 1:                           # ranks saw other images, so their batch-norm statistics differ
-                for buffer in ema.buffers():
-                    dist.broadcast(buffer, 0)
             files = data.loader(dataset, val_batches) if dataset else evaluate.drawn_batches(*evaluate.DRAWN_VAL, size) if rank == 0 else ()
-            ema.eval()
-            results = evaluate.read_batches(ema, files, precision)
-            if world > 1:
-                shards = [None] * world
-                dist.all_gather_object(shards, results)
-                results = [sum(column, []) for column in zip(*shards)]
-            trues, preds, _, val_losses = results
-            m = evaluate.metrics(trues, preds)
+            m, val_loss = validate(ema, files, precision, world)
             row = dict(epoch=epoch + 1, images=(epoch + 1) * steps * args.batch_size, minutes=round((time.time() - begin) / 60, 2),
-                       loss=float(np.mean(losses or [math.nan])), val_loss=float(np.mean(val_losses or [math.nan])), **m)
+                       loss=float(np.mean(losses or [math.nan])), val_loss=val_loss, **m)
             history.append(row)
             if rank == 0:
                 say(f"=== epoch {epoch + 1:3}  loss {row['loss']:7.4f}  val loss {row['val_loss']:7.4f}  accuracy {m['accuracy']:.4f}  CER {m['cer']:.5f}  "
                     f"Levenshtein {m['levenshtein']:.4f}  {row['minutes']:.1f} min" + (f"  ({len(dataset.bad)} unreadable files left out)" if dataset and dataset.bad else ""), flush=True)
-                score = [m["levenshtein"], row["val_loss"]] if trues else [-epoch, 0]
+                score = [m["levenshtein"], row["val_loss"]] if m["n"] else [-epoch, 0]
                 if best is None or score <= best:
                     best = score
                     crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics=row), out)
@@ -293,11 +302,10 @@ def train(args):
                     table = csv.DictWriter(file, row)
                     table.writeheader()
                     table.writerows(history)
-    except (KeyboardInterrupt, SystemExit):
-        if rank == 0:
-            if best is None:
-                crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics={}), out)
-            print(f"\ninterrupted; {out} holds the best weights so far; go on from the last whole epoch with --resume", file=sys.stderr)
+    except BaseException:                           # Ctrl-C, SIGTERM, a run that diverged: what there is stays usable
+        if rank == 0 and best is None:
+            crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics={}), out)
+        say(f"\nstopped; {out} holds the best weights so far; --resume goes on after the last whole epoch", file=sys.stderr)
         raise
     say(f"\n{out}: the weights with the best validation Levenshtein. Next: python evaluate.py {out}")
 
