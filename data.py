@@ -57,12 +57,6 @@ def parse_label(path, alphabet=ALPHABET):
     return (plate, plate != text) if PLATE.fullmatch(plate) else (None, False)
 
 
-def is_frame(path):
-    """True for the name of a whole CCPD photograph: area-tilt-box-vertices-indices-brightness-blur."""
-    parts = Path(path).stem.split("-")
-    return len(parts) >= 5 and "&" in parts[2] and parts[4].count("_") >= 6
-
-
 def list_images(folder):
     """All image files below `folder`, sorted; hidden files are passed over."""
     if not os.path.isdir(folder):
@@ -90,23 +84,20 @@ def find_crops(folder, alphabet=ALPHABET):
     """The labelled crops below `folder` as (paths, texts); says on stderr what was left out or repaired.
 
     Raises ValueError if there are none."""
-    paths = list_images(folder)
-    labels = [parse_label(p, alphabet) for p in paths]
-    frames = [p for p, (text, _) in zip(paths, labels) if text is None and is_frame(p)]
-    bad = [p for p, (text, _) in zip(paths, labels) if text is None and not is_frame(p)]
-    repaired = sum(r for _, r in labels)
+    labels = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
+    bad = [path for path, text, _ in labels if text is None]
+    frames = [path for path in bad if path.name.count("&") >= 6]           # whole CCPD photographs, by their vertices
     for some, why in ((frames, "whole CCPD photographs left out; cut them first: python data.py crop FRAMES OUT"),
-                      (bad, "files left out, their names hold no label")):
+                      ([path for path in bad if path.name.count("&") < 6], "files left out, their names hold no label")):
         if some:
-            names = ", ".join(shown(p.name) for p in some[:5])
-            print(f"warning: {len(some):,} {why}: {names}{', ...' if len(some) > 5 else ''}", file=sys.stderr)
+            print(f"warning: {len(some):,} {why}: {', '.join(shown(p.name) for p in some[:5])}{', ...' if len(some) > 5 else ''}", file=sys.stderr)
+    repaired = sum(mended for _, _, mended in labels)
     if repaired:
         print(f"note: {repaired:,} labels held the letter O or I, which plates do not: read as 0 and 1", file=sys.stderr)
-    good = [(p, text) for p, (text, _) in zip(paths, labels) if text is not None]
-    if not good:
+    if len(bad) == len(labels):
         names = "01-皖AX511H.jpg or 皖AX511H.jpg" if alphabet == ALPHABET else "01-LABEL.jpg, LABEL in characters of the alphabet"
         raise ValueError(f"{folder}: no labelled crops; file names such as {names} are expected")
-    return [p for p, _ in good], [text for _, text in good]
+    return [path for path, text, _ in labels if text is not None], [text for _, text, _ in labels if text is not None]
 
 
 def open_image(source, least=None):
@@ -279,9 +270,9 @@ def glyphs(fonts, out):
     sheet.save(out, optimize=True)
 
 
-def load_glyphs(height, device="cpu", path=None):
+def load_glyphs(height, device="cpu"):
     """glyphs.png as float32 (rows, len(ALPHABET), height, height / 2) in [0, 1], resized with antialiasing."""
-    sheet = np.array(Image.open(path or Path(__file__).with_name("glyphs.png")).convert("L"), dtype=np.float32) / 255
+    sheet = np.array(Image.open(Path(__file__).with_name("glyphs.png")).convert("L"), dtype=np.float32) / 255
     cells = sheet.reshape(-1, CELL_H, len(ALPHABET), CELL_W).transpose(0, 2, 1, 3)
     cells = F.interpolate(torch.from_numpy(cells.copy()), (height, height // 2), mode="bilinear", antialias=True)
     return cells.clamp(0, 1).to(device)
