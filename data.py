@@ -580,7 +580,7 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run, *arguments):
-        sub = commands.add_parser(run.__name__, help=run.__doc__.split(".")[0].split("\n")[0], description=run.__doc__)
+        sub = commands.add_parser(run.__name__, help=re.split(r"[.:;]\s", run.__doc__)[0], description=run.__doc__)
         sub.set_defaults(run=run)
         for name, options in arguments:
             sub.add_argument(name, **options)

@@ -94,9 +94,12 @@ def read_batches(model, batches, precision, forms=()):
     return trues, preds, confidences, losses
 
 
-def default_forms(model):
-    """The forms of Chinese plates, where the checkpoint reads those; none for the notebook, which decoded greedily."""
-    return data.FORMS if model.config["alphabet"] == data.ALPHABET and model.config["preset"] != "notebook" else ()
+def plate_forms(model, grammar=None):
+    """The forms that reads must have: those of Chinese plates or none, as `grammar` says; where that is None, a checkpoint
+    that reads such plates has them, but not the notebook's, which decoded greedily."""
+    if grammar is None:
+        grammar = model.config["alphabet"] == data.ALPHABET and model.config["preset"] != "notebook"
+    return data.FORMS if grammar else ()
 
 
 def report(folder, names, trues, preds, sure, images):
@@ -120,8 +123,8 @@ def write_table(path, names, trues, preds, sure):
         table.writerows((name, t, p, f"{c:.6f}", t == p) for name, t, p, c in zip(names, trues, preds, sure))
 
 
-def breakdown(trues, preds, sure, known):
-    """Further lines for a list of reads: accuracy by position and province, calibration, and seen and unseen plates."""
+def breakdown(trues, preds):
+    """Two further lines for a list of reads: accuracy by position and by first character."""
     pairs = list(zip(trues, preds))
     lines = []
     aligned = [(t, p) for t, p in pairs if len(t) == len(p)]
@@ -132,10 +135,6 @@ def breakdown(trues, preds, sure, known):
     first = Counter(t[0] for t in trues if t)
     right = Counter(t[0] for t, p in pairs if t and t == p)
     lines.append("by first     " + "  ".join(f"{c} {right[c]}/{n}" for c, n in first.most_common()))
-    lines.append(f"calibration  {calibration_error(sure, [t == p for t, p in pairs]):.4f} expected error of the confidences")
-    for name, some in (("seen", [x for x in pairs if x[0] in known]), ("unseen", [x for x in pairs if x[0] not in known])):
-        if known:
-            lines.append(f"{name:12} {accuracy(*zip(*some)) if some else math.nan:.4f} over {len(some):,} plates that are{' not' * (name == 'unseen')} in train")
     return lines
 
 
@@ -146,7 +145,7 @@ def evaluate(args):
     model, info = crnn.load_checkpoint(args.checkpoint, data.ALPHABET, device)
     alphabet, size = model.config["alphabet"], model.config["size"]
     model.fold()
-    forms = default_forms(model) if args.grammar is None else data.FORMS if args.grammar else ()
+    forms = plate_forms(model, args.grammar)
     root, known, dataset = args.data or info.get("args", {}).get("data"), set(), None
     if root:
         folder = data.split_folder(root, args.split)
@@ -172,6 +171,7 @@ def evaluate(args):
     low, high = wilson(scores["accuracy"], len(trues))
     wrong = [k for k in range(len(trues)) if trues[k] != preds[k]]
     top = confusions(trues, preds).most_common(20)
+    calibration = calibration_error(sure, [t == p for t, p in zip(trues, preds)])
     print(f"{len(trues):,} {f'images of {folder}' if root else 'drawn plates'}, {device.type} {precision}, {'best plate' if forms else 'greedy'}")
     print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
     print(f"CER          {scores['cer']:.5f}")
@@ -182,17 +182,28 @@ def evaluate(args):
     print("confusions   " + ("  ".join(f"{a}-{b} {n}" for (a, b), n in top) or "none"))
     print(f"speed        {speed:.0f} images/s, {'files read and decoded' if root else 'plates drawn'} included")
     if args.report:
-        print(*breakdown(trues, preds, sure, known), sep="\n")
+        print(*breakdown(trues, preds), f"calibration  {calibration:.4f} expected error of the confidences", sep="\n")
         report(args.report, names, trues, preds, sure, lambda k: dataset[rows[k]][0] if root else torch.zeros(3, *size))
-    elif known:
-        print(*breakdown(trues, preds, sure, known)[-2:], sep="\n")
+    for name, some in (("seen", [k for k, t in enumerate(trues) if t in known]), ("unseen", [k for k, t in enumerate(trues) if t not in known])):
+        if known:
+            share = sum(trues[k] == preds[k] for k in some) / len(some) if some else math.nan
+            print(f"{name:12} {share:.4f} over {len(some):,} plates that are{' not' * (name == 'unseen')} in train")
     if args.json:
         scores.update(images_per_second=speed, interval=[low, high], errors=len(wrong), precision=precision, grammar=bool(forms),
-                      calibration_error=calibration_error(sure, [t == p for t, p in zip(trues, preds)]),
+                      calibration_error=calibration,
                       confusions=[[a, b, n] for (a, b), n in top], left_out=len(dataset.bad) if root else 0)
         Path(args.json).write_text(json.dumps(scores, ensure_ascii=False, indent=1), "utf8")
     if args.csv:
         write_table(args.csv, names, trues, preds, sure)
+
+
+def reading_options(parser):
+    """Add the options of every script that reads with a checkpoint."""
+    parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
+    parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
 
 
 def main(argv=None):
@@ -203,11 +214,7 @@ def main(argv=None):
     parser.add_argument("--csv", help="write a table here: filename, true, pred, confidence, same")
     parser.add_argument("--json", help="write the scores here")
     parser.add_argument("--report", metavar="DIR", help="write predictions.csv and errors.png there, and print where the errors are")
-    parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
-    parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    reading_options(parser)
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(encoding="utf8", errors="replace")
     try:

@@ -142,14 +142,14 @@ def greedy_decode(logits, alphabet):
 def encode(texts, alphabet):
     """Strings to (targets (B, longest), lengths (B,)), both int64; character k of the alphabet becomes k + 1."""
     index = {char: k + 1 for k, char in enumerate(alphabet)}
-    longest = max(1, *map(len, texts), 1)
+    longest = max([1, *map(len, texts)])
     targets = torch.tensor([[index[c] for c in t] + [BLANK] * (longest - len(t)) for t in texts], dtype=torch.long)
     return targets.view(len(texts), longest), torch.tensor([len(t) for t in texts], dtype=torch.long)
 
 
 def text_loss(logits, texts, alphabet):
     """The CTC loss (B,) of the strings `texts`: minus the logarithm of their probability given the images."""
-    return ctc_loss(logits, *encode(texts, alphabet))
+    return ctc_loss(logits, *encode(texts, alphabet)) if texts else logits.new_zeros(0)
 
 
 def probability(logits, texts, alphabet):
@@ -188,8 +188,8 @@ def aligned_decode(logits, slots):
         char = (score + log_probs[t, :, None]).masked_fill(~slots, never).clamp(min=never)
     # backwards along the best path: at place s (0: none left), reading class c or, where c is BLANK, a gap
     best, c = char[:, -1].max(1)
-    c, s, rows = torch.where(gap[:, -1] > best, BLANK, c), torch.full((B,), S), torch.arange(B)
-    c, s, rows = c.to(gap.device), s.to(gap.device), rows.to(gap.device)
+    c = torch.where(gap[:, -1] > best, BLANK, c)
+    s, rows = torch.full((B,), S, device=gap.device), torch.arange(B, device=gap.device)
     read = torch.full((B, S + 1), BLANK, device=gap.device)
     peak = torch.full((B, S + 1), never, device=gap.device)
     second = read.clone()
@@ -226,7 +226,7 @@ def candidates(logits, alphabet, forms=()):
         for b, strings in zip(rows, torch.cat((best, swapped), 1).tolist()):
             texts[b].update("".join(alphabet[c - 1] for c in s) for s in strings if BLANK not in s)
     pairs = [(b, text) for b, some in enumerate(texts) for text in sorted(some)]
-    sure = probability(logits[:, [b for b, _ in pairs]], [text for _, text in pairs], alphabet).tolist() if pairs else []
+    sure = probability(logits[:, [b for b, _ in pairs]], [text for _, text in pairs], alphabet).tolist()
     found = [[] for _ in greedy]
     for (b, text), p in zip(pairs, sure):
         found[b].append((text, p))
@@ -236,7 +236,7 @@ def candidates(logits, alphabet, forms=()):
 def decode(logits, alphabet, forms=()):
     """(B strings, their B probabilities): greedy, or with `forms` the likeliest string that has one of them."""
     texts = greedy_decode(logits, alphabet)
-    sure = probability(logits, texts, alphabet).tolist() if texts else []
+    sure = probability(logits, texts, alphabet).tolist()
     # more than half of the probability leaves no room for a rival, so few images need the search
     hard = [b for b, text in enumerate(texts) if forms and (sure[b] <= 0.5 or not is_of_form(text, forms))]
     if hard:

@@ -29,7 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import data
 import model as crnn
-from evaluate import default_forms
+from evaluate import plate_forms, reading_options
 
 
 def load(path, device="auto"):
@@ -46,7 +46,7 @@ def read(model, sources, precision="auto", grammar=None, top=1, batch_size=256, 
     A source that cannot be read gives (None, reason)."""
     size, device = model.config["size"], next(model.parameters()).device
     precision, sources = crnn.pick_precision(precision, device), iter(sources)
-    forms = default_forms(model) if grammar is None else data.FORMS if grammar else ()
+    forms = plate_forms(model, grammar)
 
     def decode(source):
         try:
@@ -102,7 +102,7 @@ def explain(model, path, out, precision="auto"):
         else:
             draw.line((x + cell // 2, 0, x + cell // 2, crop.height), fill=(255, 220, 0))
             place(alphabet[k - 1], x + 5, floor + 6, 32)
-    for row, (text, p) in enumerate(crnn.candidates(logits, alphabet, default_forms(model))[0][:4]):
+    for row, (text, p) in enumerate(crnn.candidates(logits, alphabet, plate_forms(model))[0][:4]):
         x, y, high = (8, floor + 52, 44) if row == 0 else (8 + (row - 1) * width // 3, floor + 118, 28)
         place(text, x, y, high, (0, 0, 0) if row == 0 else (120, 120, 120))
         draw.text((x + len(text) * (high // 2 + 2) + high // 3, y + high // 4), f"{p:.4f}", (120, 120, 120), ImageFont.load_default(high // 2))
@@ -144,13 +144,9 @@ def main(argv=None):
     parser.add_argument("checkpoint")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders, quoted patterns")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest strings, each with its probability")
-    parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
     parser.add_argument("--explain", metavar="OUT.png", help="draw how the first image was read")
     parser.add_argument("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
-    parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    reading_options(parser)
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(encoding="utf8", errors="surrogateescape")
     try:
