@@ -201,7 +201,7 @@ def progress(items, total, what):
 # Drawn plates. A glyph is a 45 x 90 mm character as a small grey picture; glyphs.png holds one row a typeface.
 
 CELL_W, CELL_H = 24, 48                             # pixels of one character in glyphs.png
-OWN_ROWS = 3                                        # its first rows: the plate's own shapes, in three pens
+OWN_ROWS = 4                                        # its first rows: the plate's own shapes, in four pens
 
 
 def stroke_glyph(paths, pen):
@@ -247,26 +247,25 @@ def font_glyph(char, font, pen):
 
 
 def glyphs(fonts, out):
-    """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen, blank where it lacks one.
+    """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen.
 
-    The first rows are strokes.txt in OWN_ROWS pens. fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
+    The first rows are strokes.txt in OWN_ROWS pens; a face that lacks a character has it from them.
+    fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
     lines = Path(__file__).with_name("strokes.txt").read_text("utf8").splitlines()
     strokes = {line[0]: line[2:] for line in lines if not line.startswith("#")}
-    # the more strokes a character has, the thinner they are
-    thin = lambda char: max(0.7, 1 - 0.02 * (strokes[char].count("/") + 1)) if char in PROVINCES else 1
-    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (8, 10, 12)]
+    # the more strokes a province has, the thinner they are
+    thin = lambda char: max(0.65, 0.925 - 0.025 * strokes[char].count("/")) if char in PROVINCES else 1
+    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (7, 9, 11, 13)]
     for name in fonts:
         path, _, index = name.partition(",")
         font = ImageFont.truetype(path, 200, index=int(index or 0))
-        for pen in (5, 8):
-            row = [font_glyph(c, font, pen if c in PROVINCES else pen + 3) for c in ALPHABET]
-            row[1] = row[1] and stroke_glyph(strokes["1"], pen + 3)     # a plate's 1 is a plain bar, whatever the typeface
-            rows.append(row)
+        for pen, own in ((5, rows[0]), (8, rows[1])):
+            # a plate's 1 is a plain bar, whatever the typeface
+            rows.append([c != "1" and font_glyph(c, font, pen if c in PROVINCES else pen + 3) or mine for c, mine in zip(ALPHABET, own)])
     sheet = Image.new("L", (CELL_W * len(ALPHABET), CELL_H * len(rows)))
     for y, row in enumerate(rows):
         for x, glyph in enumerate(row):
-            if glyph:
-                sheet.paste(glyph.resize((CELL_W, CELL_H), Image.BOX), (x * CELL_W, y * CELL_H))
+            sheet.paste(glyph.resize((CELL_W, CELL_H), Image.BOX), (x * CELL_W, y * CELL_H))
     sheet.save(out, optimize=True)
 
 
@@ -303,7 +302,7 @@ def paint(texts, glyphs, generator):
     width, gap, dot_gap, rim = (480, 9, 49, 20) if green else (440, 12, 34, 20)
     px = lambda v: round((v + rim) * mm)
     # the bumper: a colour with blotches, soft or with hard edges that must not be read as strokes
-    blotches = F.interpolate(rand(1, 2, 14) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear" if one(0, 1) < 0.5 else "nearest")
+    blotches = F.interpolate(rand(1, 2, 14) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear" if one(0, 1) < 0.7 else "nearest")
     canvas = (rand(1, 1, 1) + 0.5 * (rand(3, 1, 1) - 0.5)) * rand(1, 1, 1) + (0.3 + 0.7 * rand(1, 1, 1)) * blotches
     plate = canvas[:, :, px(0):px(140), px(0):px(width)]
     if green:
@@ -321,14 +320,13 @@ def paint(texts, glyphs, generator):
         part.lerp_(colour.expand_as(part), mask[..., :part.shape[2], :part.shape[3]])
 
     # the thin border, fainter on some
-    edge, line = one(3, 6), max(1, round(3 * mm))
-    border, strength = plate[:, :, round(edge * mm):-round(edge * mm), round(edge * mm):-round(edge * mm)], rand(1, 1, 1).sqrt()
+    edge, line = one(3, 6), max(1, round(one(2, 5.5) * mm))
+    border, strength = plate[:, :, round(edge * mm):-round(edge * mm), round(edge * mm):-round(edge * mm)], rand(1, 1, 1) ** 0.25
     for side in (border[:, :, :line], border[:, :, -line:], border[..., :line], border[..., -line:]):
         side.lerp_(ink.expand_as(side), strength)
 
     # one typeface for the province and one for the rest: the plate's own strokes, which are the first rows, mostly
-    has = lambda char: glyphs[:, ALPHABET.index(char)].flatten(1).amax(1).nonzero().flatten()
-    faces = [rows[(torch.where(rand() < share, OWN_ROWS, len(rows)) * rand()).long()] for rows, share in ((has(PROVINCES[0]), 0.6), (has("0"), 0.8))]
+    faces = [(torch.where(rand() < share, OWN_ROWS, len(glyphs)) * rand()).long() for share in (0.6, 0.8)]
     codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
     x = 15.5
     for k in range(codes.shape[1]):
@@ -379,8 +377,11 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
                       torch.stack((zero, zero, zero, x, y, one, -v * x, -v * y), 2)), 1)
     matrix = torch.cat((torch.linalg.solve(rows, torch.cat((u, v), 1)), one[:, :1]), 1).view(B, 3, 3)
     ys, xs = torch.meshgrid((torch.arange(H, device=device) * 2 + 1) / H - 1, (torch.arange(W, device=device) * 2 + 1) / W - 1, indexing="ij")
-    points = torch.stack((xs, ys, torch.ones_like(xs)), 2).view(1, H * W, 3) @ matrix.transpose(1, 2)
-    grid = (points[..., :2] / points[..., 2:].clamp(min=0.1)).view(B, H, W, 2)
+    points = torch.einsum("hwk,bjk->bhwj", torch.stack((xs, ys, torch.ones_like(xs)), 2), matrix)
+    grid = points[..., :2] / points[..., 2:].clamp(min=0.1)
+    # every stroke a little out of place, so that no exact shape is learnt by heart
+    bend = torch.tensor([0.010, 0.025], device=device).view(2, 1, 1) * randn(2, 6, 20) * rand(1, 1, 1)
+    grid = grid + strength * F.interpolate(bend, (H, W), mode="bilinear").permute(0, 2, 3, 1)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
     # light: its strength and colour, a slope across the plate, haze, a glare
@@ -409,7 +410,7 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
     # few pixels, with noise
     few = 1 - strength * 0.55 * torch.rand(2, generator=generator, device=device) ** 3
     noise = 0.04 * strength * rand(1, 1, 1) ** 3
-    small = F.interpolate(images, (round(H * few[0].item()), round(W * few[1].item())), mode="area")
+    small = F.interpolate(images, (round(H * few[0].item()), round(W * few[1].item())), mode="bilinear", antialias=True)
     small = small + noise * torch.randn(3, *small.shape[2:], generator=generator, device=device)
     images = F.interpolate(small, (H, W), mode="bilinear")
     return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
@@ -450,22 +451,16 @@ def audit(folder, report=None):
     paths = list_images(folder)
     with ThreadPoolExecutor() as pool:
         looks = list(progress(pool.map(look, paths), len(paths), "image"))
-    found = {name: [] for name in ("names without a label", "unreadable images", "labels with O or I", "copies", "plates in train and test")}
-    unparsed, unreadable, repaired, copies, _ = found.values()
-    texts, sizes, first = {}, [size for size, _ in looks if size], {}
-    for path, (size, digest) in zip(paths, looks):
-        text, mended = parse_label(path)
+    labels, texts, sizes = [parse_label(path) for path in paths], {}, [size for size, _ in looks if size]
+    for path, (text, _) in zip(paths, labels):
         if text:
             texts.setdefault(path.relative_to(folder).parts[0] if path.parent != Path(folder) else ".", []).append(text)
-        else:
-            unparsed.append(shown(path))
-        if mended:
-            repaired.append(shown(path))
-        if not size:
-            unreadable.append(digest)
-        elif first.setdefault(digest, path) != path:
-            copies.append(f"{shown(path)} is {shown(first[digest])}")
-    found["plates in train and test"] = sorted(set(texts.get("train", ())) & set(texts.get("test", ())))
+    first = {digest: path for path, (_, digest) in zip(reversed(paths), reversed(looks))}
+    found = {"names without a label": [shown(path) for path, (text, _) in zip(paths, labels) if not text],
+             "unreadable images": [why for size, why in looks if not size],
+             "labels with O or I": [shown(path) for path, (_, repaired) in zip(paths, labels) if repaired],
+             "copies": [f"{shown(path)} is {shown(first[digest])}" for path, (size, digest) in zip(paths, looks) if size and first[digest] != path],
+             "plates in train and test": sorted(set(texts.get("train", ())) & set(texts.get("test", ())))}
 
     everything = [text for some in texts.values() for text in some]
     chars, provinces = Counter("".join(everything)), Counter(text[0] for text in everything)
@@ -481,7 +476,7 @@ def audit(folder, report=None):
         print(f"{name:26} {len(some):,}", *some[:3], sep="\n" + " " * 27)
     if report:
         Path(report).write_text(json.dumps(facts | found, ensure_ascii=False, indent=1), "utf8")
-    return not unparsed and not unreadable
+    return not found["names without a label"] and not found["unreadable images"]
 
 
 def text_picture(text, height, colours=None):

@@ -200,7 +200,7 @@ def evaluate(args):
 def reading_options(parser):
     """Add the options of every script that reads with a checkpoint."""
     parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
-    parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 BLANK = 0                                           # CTC's "no new character"; character k of the alphabet is k + 1
 SIZES = {"small": (32, 128), "notebook": (96, 448)}
+CACHED = 350_000                                    # pixels of the images that a CPU reads at a time
 MULTIPLES = {"small": (16, 4), "notebook": (32, 32)}
 
 
@@ -100,6 +101,8 @@ class CRNN(nn.Module):
             x = x.permute(2, 0, 1)                                  # (T, B, C)
         else:
             x = x.squeeze(2).permute(2, 0, 1)                       # (T, B, C)
+            # drawn and photographed characters share no feature exactly, so none may decide alone
+            x = F.dropout(x, 0.25, self.training)
         logits = self.fc(self.rnn(x)[0])                            # (T, B, len(alphabet) + 1)
         # The LSTM learns late; this straight line lets gradients reach the convolutions from the first step.
         return logits if self.shortcut is None else logits + self.shortcut(x)
@@ -276,8 +279,10 @@ def autocast(device, precision):
 def predict_logits(model, images, precision="fp32"):
     """uint8 (B, 3, H, W) to float32 logits (T, B, C) on the model's device, without gradients; the model is in eval mode."""
     device = next(model.parameters()).device
+    # a CPU is twice as fast on pieces whose activations stay in its cache
+    some = max(1, CACHED // images[0, 0].numel()) if device.type == "cpu" and len(images) else len(images)
     with torch.inference_mode(), autocast(device, precision):
-        return model(images.to(device, non_blocking=True)).float()
+        return torch.cat([model(piece.to(device, non_blocking=True)).float() for piece in images.split(some)], 1)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def load_checkpoint(path, alphabet="", device="cpu"):
         model.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError, IndexError, ValueError):
         raise ValueError(f"{path}: a checkpoint of another program; it needs one of train.py or of the notebook") from None
-    return model.to(device).eval(), {k: v for k, v in content.items() if k not in ("model", "state_dict", "optimizer")}
+    return model.to(device, memory_format=torch.channels_last).eval(), {k: v for k, v in content.items() if k not in ("model", "state_dict", "optimizer")}
 
 
 def from_notebook(state, alphabet):

@@ -18,6 +18,7 @@ import glob
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ def load(path, device="auto"):
     return model.fold()
 
 
-def read(model, sources, precision="auto", grammar=None, top=1, batch_size=256, workers=None):
+def read(model, sources, precision="auto", grammar=None, top=1, batch_size=512, workers=None):
     """Yield (plate, confidence) for each of `sources` in order: paths, or arrays (H, W, 3) or (H, W) of uint8.
 
     The confidence, in [0, 1], is the exact probability of the string under the model. grammar: take the likeliest string
@@ -174,4 +175,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                  # `| head` ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +153,14 @@ def test_validation_shares_no_plate():
     train_ids, val_ids = train.split_validation(texts, 0.1)
     assert sorted(train_ids + val_ids) == list(range(200)) and not {texts[k] for k in train_ids} & {texts[k] for k in val_ids}
     assert 7 <= len({texts[k] for k in val_ids}) <= 7 and train.split_validation(["皖A00000"], 0.1) == ([0], [])
+
+
+def test_province_prior():
+    prior = train.province_prior(["浙A12345"] * 9 + ["皖A12345"], data.ALPHABET)
+    of = lambda char: prior[1 + data.ALPHABET.index(char)].item()
+    assert of("浙") - of("皖") == pytest.approx(math.log(9.01 / 1.01)) and of("粤") < of("皖") < 0 < of("浙")
+    assert not prior[:1 + len(data.DIGITS + data.LETTERS)].any() and not train.province_prior([], data.ALPHABET).any()
+    assert train.province_prior(["ab"], "ab").tolist() == [0, 0, 0]
 
 
 def test_drawn_plates():
@@ -440,6 +450,9 @@ def test_resume_is_bit_for_bit(crops, tmp_path, monkeypatch, drawn_share):
     whole, parts = (torch.load(tmp_path / f"{name}.state.pth", weights_only=True) for name in ("whole", "parts"))
     for what in ("model", "ema"):
         assert all(torch.equal(whole[what][k], parts[what][k]) for k in whole[what])
+    (tmp_path / "parts.state.pth").write_bytes((tmp_path / "parts.state.pth").read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="not a whole state"):
+        train.main(common + ["--out", str(tmp_path / "parts.pth"), "--resume"])
     assert whole["epoch"] == parts["epoch"] == 3 and [r["val_loss"] for r in whole["history"]] == [r["val_loss"] for r in parts["history"]]
 
 
@@ -578,3 +591,30 @@ def test_report(reader, crops, tmp_path):
     said = run("evaluate.py", reader[0], "--data", crops, "--report", tmp_path / "report")[0]
     assert "by position" in said and "calibration" in said and "unseen" in said
     assert (tmp_path / "report" / "predictions.csv").exists() and Image.open(tmp_path / "report" / "errors.png").size[0] > 900
+
+
+# what the README's commands need and a clean clone lacks: fonts, the notebook's checkpoint, a GPU's patience
+NOT_HERE = re.compile(r"FONT|\$|tinkoff|notebook|onnx")
+COMMANDS = sorted(set(re.findall(r"python ((?:data|train|evaluate|predict)\.py[^`\n#|]*)", Path(HERE, "README.md").read_text("utf8"))))
+
+
+def test_the_readme_has_commands():
+    assert len([c for c in COMMANDS if not NOT_HERE.search(c)]) >= 12
+
+
+@pytest.mark.parametrize("command", [c.strip() for c in COMMANDS if not NOT_HERE.search(c)])
+def test_readme_commands(command, reader, crops, tmp_path):
+    latin, frames = tmp_path / "latin" / "train", tmp_path / "frames"
+    latin.mkdir(parents=True), frames.mkdir()
+    for k, path in enumerate(sorted((crops / "test").iterdir())[:6]):
+        Image.open(path).save(latin / f"{k}-A1{k}B.jpg")
+    Image.new("RGB", (720, 1160)).save(frames / "025-95_113-154&383_386&473-386&473_177&454_154&383_363&402-0_0_22_27_27_33_16-37-15.jpg")
+    image = sorted((crops / "test").iterdir())[0]
+    here = {"ckpt.pth": reader[0], "DIR": crops, "plates": crops, "CCPD2019-dl1": crops, "photo.jpg": image, "FOLDER": crops / "test", "plates/train": crops / "train",
+            "CCPD2019/ccpd_base": frames, "CCPD2019/ccpd_weather": frames}
+    name, *words = shlex.split(command)
+    if "--alphabet" in words:
+        here["DIR"] = latin.parent
+    # folders and files that exist, by the table; those to be written, below tmp_path
+    words = [str(here.get(w, tmp_path / w if re.fullmatch(r"OUT|errors|.+\.(png|pt2)|CCPD2019-dl1/\w+", w) else w)) for w in words]
+    run(name, *words, *(["--epochs", 1, "--out", tmp_path / "ckpt.pth"] if name == "train.py" else []))

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,10 @@ import evaluate
 import model as crnn
 
 # What each preset trains with unless told otherwise; the notebook's are the notebook's own.
-RECIPES = {"small": dict(epochs=20, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
+RECIPES = {"small": dict(epochs=16, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
            "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
 EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
-GREEN, ODD = 0.04, 0.33                            # shares of the drawn plates: see data.random_plates
+GREEN, ODD = 0.02, 0.33                            # shares of the drawn plates: see data.random_plates
 LOG_EVERY, LOG_SECONDS = 100, 30                    # a line every so many steps, or seconds where steps are slow
 BAD_STEPS = 30                                      # non-finite steps in a row that end a run
 FREE_TO_CHANGE = {"resume", "out", "workers", "device"}     # arguments that a resumed run may have otherwise
@@ -65,6 +65,17 @@ def average(ema, model, share):
     for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
             a.lerp_(b, share)
+
+
+def province_prior(texts, alphabet):
+    """(len(alphabet) + 1,) float32: how much likelier than usual each province is among `texts`, as a logarithm; 0 for the rest.
+
+    Training adds it to the logits of crops and reading goes without it, so that the network learns what a province looks
+    like and not how many photographs came from there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
+    counts = Counter(text[:1] for text in texts)
+    counts = torch.tensor([0.0] + [(counts[char] + 0.001 * len(texts)) * (char in data.PROVINCES) for char in alphabet])
+    share = counts / counts.sum()
+    return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
 
 
 def batch_loss(logits, texts, alphabet):
@@ -110,7 +121,7 @@ def parse(argv):
     add("--bidirectional", action=argparse.BooleanOptionalAction, help="read both ways (default: small yes, notebook no)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: small 32 128, notebook 96 448)")
     add("--alphabet", help="the characters of other people's plates, or a file that holds them (default: Chinese plates)")
-    add("--epochs", type=int, help="passes over the files, of 20,000 images at least (default: small 20, notebook 5)")
+    add("--epochs", type=int, help="passes over the files, of 20,000 images at least (default: small 16, notebook 5)")
     add("--batch-size", type=int, default=128, help="images a step, over all processes (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate (default: small 2e-3, notebook 3e-4)")
     add("--weight-decay", type=float, help="(default: small 0.02, notebook 1e-4)")
@@ -154,31 +165,32 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def train(args):
-    """The whole run. Raises ValueError or OSError with one sentence where the user can mend something."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
+def join_processes(args):
+    """(rank, number of processes, device) of this one; torchrun sets the environment that says so."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = crnn.pick_device(args.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
-    precision = crnn.pick_precision(args.precision, device)
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(args.seed)
-    out, state_path = Path(args.out), Path(args.out).with_suffix(".state.pth")
-    if rank == 0:
-        try:                                        # now, not after the first epoch
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out.parent):
-                pass
-            if out.is_dir():
-                raise OSError(0, "it is a folder")
-        except OSError as error:
-            raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    return rank, world, device
 
-    # the network
+
+def check_writable(out):
+    """Raise ValueError now, not after the first epoch, where `out` cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+        if out.is_dir():
+            raise OSError(0, "it is a folder")
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def build(args, device):
+    """The network on its device, new or from --init, and its optimizer."""
     alphabet = args.alphabet or data.ALPHABET
     if args.init:
         model, _ = crnn.load_checkpoint(args.init, data.ALPHABET)
@@ -186,29 +198,57 @@ def train(args):
             raise ValueError(f"{args.init}: its alphabet is another one; give the same with --alphabet")
     else:
         model = crnn.CRNN(alphabet, args.model, args.size, args.rnn, args.bidirectional)
-    size = model.config["size"]
     model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model)
-    plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
-    if plain:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, amsgrad=True, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+    if args.model == "notebook":
+        return model, torch.optim.Adam(model.parameters(), args.lr, amsgrad=True, weight_decay=args.weight_decay)
+    return model, torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+
+
+def load_crops(args, model):
+    """The labelled crops of --data whose labels fit the network: (PlateDataset, indices to train on, indices to validate on)."""
+    paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"])
+    fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
+    if len(fits) < len(texts):
+        print(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
+    dataset = data.PlateDataset([paths[k] for k in fits], [texts[k] for k in fits], model.config["size"], args.workers)
+    train_ids, val_ids = split_validation(dataset.texts, args.val)
+    if not train_ids:
+        raise ValueError(f"{args.data}: no crops are left to train on; add some, or lower --val")
+    return dataset, train_ids, val_ids
+
+
+def read_state(path, args):
+    """What an earlier run with the same arguments saved after its last whole epoch."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["args"]
+    except Exception as error:                      # torch.load raises all sorts for broken files
+        raise ValueError(f"{path}: not a whole state of train.py ({str(error).splitlines()[0][:80]}); drop --resume to start anew") from None
+    for name, value in vars(args).items():
+        if name not in FREE_TO_CHANGE and before.get(name) != value:
+            raise ValueError(f"{path}: that run had --{name.replace('_', '-')} {before.get(name)}, this one {value}; give the same or drop --resume")
+    return state
+
+
+def train(args):
+    """The whole run. Raises ValueError or OSError with one sentence where the user can mend something."""
+    rank, world, device = join_processes(args)
+    say = print if rank == 0 else lambda *_, **__: None
+    precision = crnn.pick_precision(args.precision, device)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
+    out, state_path = Path(args.out), Path(args.out).with_suffix(".state.pth")
+    if rank == 0:
+        check_writable(out)
+    model, optimizer = build(args, device)
+    ema, size, alphabet = copy.deepcopy(model), model.config["size"], model.config["alphabet"]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     network = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
 
     # the images
-    train_ids, val_batches, dataset = [], [], None
-    if args.data:
-        paths, texts = data.find_crops(data.split_folder(args.data, "train"), alphabet)
-        fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
-        if len(fits) < len(texts):
-            say(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
-        dataset = data.PlateDataset([paths[k] for k in fits], [texts[k] for k in fits], size, args.workers)
-        train_ids, val_ids = split_validation(dataset.texts, args.val)
-        if not train_ids:
-            raise ValueError(f"{args.data}: no crops are left to train on; add some, or lower --val")
-        val_batches = data.in_batches(val_ids[rank::world], 256)
+    dataset, train_ids, val_ids = load_crops(args, model) if args.data else (None, [], [])
+    prior = province_prior([] if plain else [dataset.texts[k] for k in train_ids], alphabet).to(device)
     drawn = round(args.batch_size * args.synthetic)
     real = args.batch_size - drawn
     steps = max(math.ceil(len(train_ids) / max(1, real)), math.ceil(EPOCH / args.batch_size))
@@ -221,13 +261,9 @@ def train(args):
             "and do not fit in half of the free memory: files are decoded in every epoch"))
     say(f"{args.epochs} epochs of {steps:,} steps of {args.batch_size} images\n")
 
-    # where an earlier run stopped
     first, best, history = 0, None, []
     if args.resume and state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        for name, value in vars(args).items():
-            if name not in FREE_TO_CHANGE and state["args"].get(name) != value:
-                raise ValueError(f"{state_path}: that run had --{name.replace('_', '-')} {state['args'].get(name)}, this one {value}; give the same or drop --resume")
+        state = read_state(state_path, args)
         model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
         first, best, history = state["epoch"], state["best"], state["history"]
@@ -249,11 +285,14 @@ def train(args):
                 seed = seed_of(args.seed, epoch, k, rank)
                 torch.manual_seed(seed)             # dropout's
                 generator = torch.Generator(device).manual_seed(seed)
+                crops = len(texts)
                 images, texts = make_batch(images, texts, len(range(rank, drawn, world)), size, generator, glyphs, args.augment)
                 network.train()
                 with crnn.autocast(device, precision):
                     logits = network(images)
-                loss = batch_loss(logits, texts, alphabet)
+                # crops come first in the batch
+                shift = prior * (torch.arange(len(texts), device=device) < crops).unsqueeze(1)          # (B, C)
+                loss = batch_loss(logits + shift, texts, alphabet)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args.epochs * steps, args)
                 optimizer.zero_grad(set_to_none=True)
@@ -284,7 +323,7 @@ def train(args):
                     clock, window = time.time(), 0
 
             # the averaged weights are what is judged and kept
-            files = data.loader(dataset, val_batches) if dataset else evaluate.drawn_batches(*evaluate.DRAWN_VAL, size) if rank == 0 else ()
+            files = data.loader(dataset, data.in_batches(val_ids[rank::world], 256)) if dataset else evaluate.drawn_batches(*evaluate.DRAWN_VAL, size) if rank == 0 else ()
             m, val_loss = validate(ema, files, precision, world)
             row = dict(epoch=epoch + 1, images=(epoch + 1) * steps * args.batch_size, minutes=round((time.time() - begin) / 60, 2),
                        loss=float(np.mean(losses or [math.nan])), val_loss=val_loss, **m)
