@@ -37,6 +37,7 @@ PLATE = re.compile(f"[{PROVINCES}][{LETTERS}][{LETTERS}{DIGITS}]{{5,6}}")
 CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"        # in the order of CCPD's file names
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)       # a picture too large to be a crop
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")           # broken files are named once, by us
 
 GENTLE = 0.5                                        # the camera's strength for crops that went through one already
 

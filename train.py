@@ -252,7 +252,8 @@ def train(args):
     drawn = round(args.batch_size * args.synthetic)
     real = args.batch_size - drawn
     steps = max(math.ceil(len(train_ids) / max(1, real)), math.ceil(EPOCH / args.batch_size))
-    glyphs = data.load_glyphs(data.glyph_height(size), device) if drawn else None
+    easel = torch.device("cpu") if device.type == "mps" else device         # MPS lacks some of the camera's operations
+    glyphs = data.load_glyphs(data.glyph_height(size), easel) if drawn else None
     validation = (f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept") if dataset else f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
     say(f"{model.config['preset']} {size[0]} x {size[1]}, {sum(p.numel() for p in model.parameters()):,} parameters, {device} {precision}, {world} process(es)")
     say(f"training on {len(train_ids):,} crops, {drawn} of every {args.batch_size} images drawn; validation: {validation}")
@@ -284,12 +285,12 @@ def train(args):
                 step = epoch * steps + k
                 seed = seed_of(args.seed, epoch, k, rank)
                 torch.manual_seed(seed)             # dropout's
-                generator = torch.Generator(device).manual_seed(seed)
+                generator = torch.Generator(easel).manual_seed(seed)
                 crops = len(texts)
                 images, texts = make_batch(images, texts, len(range(rank, drawn, world)), size, generator, glyphs, args.augment)
                 network.train()
                 with crnn.autocast(device, precision):
-                    logits = network(images)
+                    logits = network(images.to(device))
                 # crops come first in the batch
                 shift = prior * (torch.arange(len(texts), device=device) < crops).unsqueeze(1)          # (B, C)
                 loss = batch_loss(logits + shift, texts, alphabet)
