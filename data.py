@@ -507,7 +507,10 @@ def show(folder, out, augmented=False, count=24, size=(48, 192)):
     else:
         paths, texts = find_crops(folder)
         chosen = torch.randperm(len(paths), generator=generator)[:count].tolist()
-        images, texts = next(loader(PlateDataset(paths, texts, size), [chosen]))
+        batch = next(loader(PlateDataset(paths, texts, size), [chosen]), None)
+        if not batch:
+            raise ValueError(f"{folder}: none of {len(chosen)} images in it can be read; check the files")
+        images, texts = batch
         images = camera(images, size, generator, GENTLE) if augmented else images
     save_sheet([captioned(image, [text_picture(text, 22)]) for image, text in zip(images, texts)], out)
 
