@@ -187,8 +187,8 @@ def evaluate(args):
         print(*breakdown(trues, preds), f"calibration  {calibration:.4f} expected error of the confidences", sep="\n")
         report(args.report, names, trues, preds, sure, lambda k: dataset[rows[k]][0] if root else torch.zeros(3, *size))
     for name, some in (("seen", [k for k, t in enumerate(trues) if t in known]), ("unseen", [k for k, t in enumerate(trues) if t not in known])):
-        if known:
-            share = sum(trues[k] == preds[k] for k in some) / len(some) if some else math.nan
+        if known and some:
+            share = sum(trues[k] == preds[k] for k in some) / len(some)
             print(f"{name:12} {share:.4f} over {len(some):,} plates that are{' not' * (name == 'unseen')} in train")
     if args.json:
         scores.update(images_per_second=speed, interval=[low, high], errors=len(wrong), precision=precision, grammar=bool(forms),
