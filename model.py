@@ -291,7 +291,7 @@ def predict_logits(model, images, precision="fp32"):
 def save_atomically(content, path):
     """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile. Raises OSError with one
     sentence where there is no room or no permission."""
-    path, partial = Path(path), Path(f"{path}.{os.getpid()}.part")
+    path, partial = Path(path), Path(f"{path}.part")
     try:
         with open(partial, "wb") as file:
             torch.save(content, file)
