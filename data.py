@@ -494,6 +494,11 @@ def captioned(image, captions):
     return torch.cat([image, *rows], 1)
 
 
+def save_sheet(pictures, out, columns=4):
+    """Write uint8 (3, h, w) pictures of one size as one image file, in rows."""
+    save_image([picture / 255 for picture in pictures], out, nrow=columns, padding=4, pad_value=1)
+
+
 def show(folder, out, augmented=False, count=24, size=(48, 192)):
     """Write a sheet of samples of a folder, or of drawn plates where that is "drawn", each with its label under it."""
     generator = torch.Generator().manual_seed(0)
@@ -507,8 +512,7 @@ def show(folder, out, augmented=False, count=24, size=(48, 192)):
             raise ValueError(f"{folder}: none of {len(chosen)} images in it can be read; check the files")
         images, texts = batch
         images = camera(images, size, generator, GENTLE) if augmented else images
-    pictures = [captioned(image, [text_picture(text, 22)]) / 255 for image, text in zip(images, texts)]
-    save_image(pictures, out, nrow=4, padding=4, pad_value=1)
+    save_sheet([captioned(image, [text_picture(text, 22)]) for image, text in zip(images, texts)], out)
 
 
 def render(out, count, seed=0, size=(80, 256)):

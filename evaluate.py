@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 import data
 import model as crnn
@@ -112,9 +111,9 @@ def report(folder, names, trues, preds, sure, images):
     for k in sorted((k for k in range(len(trues)) if trues[k] != preds[k]), key=lambda k: -sure[k])[:64]:
         colours = [(0, 0, 0) if a == b else (220, 0, 0) for a, b in itertools.zip_longest(preds[k], trues[k])][:len(preds[k])]
         captions = [data.text_picture(trues[k], 24), data.text_picture(preds[k][:18], 24, colours)]
-        pictures.append(data.captioned(F.interpolate(images(k)[None], (64, 256))[0], captions) / 255)
+        pictures.append(data.captioned(F.interpolate(images(k)[None], (64, 256))[0], captions))
     if pictures:
-        save_image(pictures, os.path.join(folder, "errors.png"), nrow=4, padding=4, pad_value=1)
+        data.save_sheet(pictures, os.path.join(folder, "errors.png"))
 
 
 def write_table(path, names, trues, preds, sure):

@@ -119,15 +119,12 @@ def export(model, out):
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     if out.endswith(".onnx"):
         try:
-            import onnx
-            import onnxruntime
+            program = torch.onnx.export(model, (images,), input_names=["images"], output_names=["logits"], dynamic_shapes=batch, dynamo=True)
+            program.model.metadata_props.update(facts)
+            answer = program(some)[0]               # by onnxruntime
         except ImportError as error:
-            raise ValueError(f"{out}: needs {error.name}; install both with: pip install onnx onnxscript onnxruntime") from None
-        torch.onnx.export(model, (images,), out, input_names=["images"], output_names=["logits"], dynamic_shapes=batch, dynamo=True, external_data=False)
-        graph = onnx.load(out)
-        onnx.helper.set_model_props(graph, facts)
-        onnx.save(graph, out)
-        answer = torch.from_numpy(onnxruntime.InferenceSession(out).run(None, {"images": some.numpy()})[0])
+            raise ValueError(f"{out}: needs {error.name}; install all with: pip install onnx onnxscript onnxruntime") from None
+        program.save(out)
     elif out.endswith(".pt2"):
         torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), out, extra_files={"facts.json": json.dumps(facts)})
         answer = torch.export.load(out).module()(some)

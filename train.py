@@ -204,12 +204,12 @@ def build(args, device):
     return model, torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
 
 
-def load_crops(args, model):
+def load_crops(args, model, say):
     """The labelled crops of --data whose labels fit the network: (PlateDataset, indices to train on, indices to validate on)."""
     paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"])
     fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
     if len(fits) < len(texts):
-        print(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
+        say(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
     dataset = data.PlateDataset([paths[k] for k in fits], [texts[k] for k in fits], model.config["size"], args.workers)
     train_ids, val_ids = split_validation(dataset.texts, args.val)
     if not train_ids:
@@ -247,7 +247,7 @@ def train(args):
     plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
 
     # the images
-    dataset, train_ids, val_ids = load_crops(args, model) if args.data else (None, [], [])
+    dataset, train_ids, val_ids = load_crops(args, model, say) if args.data else (None, [], [])
     prior = province_prior([] if plain else [dataset.texts[k] for k in train_ids], alphabet).to(device)
     drawn = round(args.batch_size * args.synthetic)
     real = args.batch_size - drawn
