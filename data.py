@@ -11,6 +11,7 @@ Copy this file (and glyphs.png, if plates are to be drawn) into any project; it 
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -37,7 +38,8 @@ PLATE = re.compile(f"[{PROVINCES}][{LETTERS}][{LETTERS}{DIGITS}]{{5,6}}")
 CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"        # in the order of CCPD's file names
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)       # a picture too large to be a crop
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")           # broken files are named once, by us
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")           # broken files are named once, by us,
+logging.getLogger("PIL").addHandler(logging.NullHandler())                      # not in Pillow's words as well
 
 GENTLE = 0.5                                        # the camera's strength for crops that went through one already
 
@@ -81,8 +83,8 @@ def shown(path):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
-def find_crops(folder, alphabet=ALPHABET):
-    """The labelled crops below `folder` as (paths, texts); says on stderr what was left out or repaired.
+def find_crops(folder, alphabet=ALPHABET, quiet=False):
+    """The labelled crops below `folder` as (paths, texts); unless `quiet`, says on stderr what was left out or repaired.
 
     Raises ValueError if there are none."""
     labels = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
@@ -90,10 +92,11 @@ def find_crops(folder, alphabet=ALPHABET):
     frames = [path for path in bad if path.name.count("&") >= 6]           # whole CCPD photographs, by their vertices
     for some, why in ((frames, "whole CCPD photographs left out; cut them first: python data.py crop FRAMES OUT"),
                       ([path for path in bad if path.name.count("&") < 6], "files left out, their names hold no label")):
-        if some:
-            print(f"warning: {len(some):,} {why}: {', '.join(shown(p.name) for p in some[:5])}{', ...' if len(some) > 5 else ''}", file=sys.stderr)
+        if some and not quiet:
+            names = [shown(path.name) for path in some[:5]] + ["..."] * (len(some) > 5)
+            print(f"warning: {len(some):,} {why}: {', '.join(names)}", file=sys.stderr)
     repaired = sum(mended for _, _, mended in labels)
-    if repaired:
+    if repaired and not quiet:
         print(f"note: {repaired:,} labels held the letter O or I, which plates do not: read as 0 and 1", file=sys.stderr)
     if len(bad) == len(labels):
         names = "01-皖AX511H.jpg or 皖AX511H.jpg" if alphabet == ALPHABET else "01-LABEL.jpg, LABEL in characters of the alphabet"
@@ -312,7 +315,8 @@ def paint(texts, glyphs, generator):
         plate.copy_(ground + (0.9 - ground) * down)
         ink = 0.2 * rand(3, 1, 1)
     else:
-        plate.copy_(torch.tensor([0.05, 0.1, 0.4], device=device).view(3, 1, 1) + torch.tensor([0.3, 0.4, 0.6], device=device).view(3, 1, 1) * rand(3, 1, 1))
+        dark, more = torch.tensor([[0.05, 0.1, 0.4], [0.3, 0.4, 0.6]], device=device).view(2, 3, 1, 1)
+        plate.copy_(dark + more * rand(3, 1, 1))
         ink = 0.75 + 0.25 * rand(1, 1, 1) + 0.1 * (rand(3, 1, 1) - 0.5)
 
     def stamp(mask, x, y, colour):                              # lay `mask` with its upper left corner at x, y mm
@@ -331,7 +335,8 @@ def paint(texts, glyphs, generator):
     codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
     x = 15.5
     for k in range(codes.shape[1]):
-        mask = glyphs[torch.where(codes[:, k] < len(DIGITS + LETTERS), faces[1], faces[0]), codes[:, k]].unsqueeze(1)            # (B, 1, h, w)
+        face = torch.where(codes[:, k] < len(DIGITS + LETTERS), faces[1], faces[0])
+        mask = glyphs[face, codes[:, k]].unsqueeze(1)           # (B, 1, h, w)
         wide = 43 if green and k else 45
         if wide == 43:
             mask = F.interpolate(mask, (mask.shape[2], round(43 * mm)), mode="bilinear", antialias=True)
@@ -346,7 +351,9 @@ def paint(texts, glyphs, generator):
     disc = (1.3 - r.square() - r.square().view(-1, 1)).clamp(0, 1)
     for hx in (width / 4, width * 3 / 4):
         for hy in (12, 128):
-            stamp(disc * (rand(1, 1, 1) < 0.4), hx - size / 2 + one(-8, 8), hy - size / 2 + one(-5, 5), rand(1, 1, 1) * (1 - 0.4 * rand(3, 1, 1)))
+            there = rand(1, 1, 1) < 0.4
+            x, y = hx - size / 2 + one(-8, 8), hy - size / 2 + one(-5, 5)
+            stamp(disc * there, x, y, rand(1, 1, 1) * (1 - 0.4 * rand(3, 1, 1)))
     return canvas
 
 
@@ -377,7 +384,8 @@ def camera(images, size, generator, strength=1.0, rim=0.0):
     rows = torch.cat((torch.stack((x, y, one, zero, zero, zero, -u * x, -u * y), 2),
                       torch.stack((zero, zero, zero, x, y, one, -v * x, -v * y), 2)), 1)
     matrix = torch.cat((torch.linalg.solve(rows, torch.cat((u, v), 1)), one[:, :1]), 1).view(B, 3, 3)
-    ys, xs = torch.meshgrid((torch.arange(H, device=device) * 2 + 1) / H - 1, (torch.arange(W, device=device) * 2 + 1) / W - 1, indexing="ij")
+    middles = [(torch.arange(n, device=device) * 2 + 1) / n - 1 for n in (H, W)]         # of the pixels
+    ys, xs = torch.meshgrid(*middles, indexing="ij")
     points = torch.einsum("hwk,bjk->bhwj", torch.stack((xs, ys, torch.ones_like(xs)), 2), matrix)
     grid = points[..., :2] / points[..., 2:].clamp(min=0.1)
     # every stroke a little out of place, so that no exact shape is learnt by heart
@@ -460,7 +468,8 @@ def audit(folder, report=None):
     found = {"names without a label": [shown(path) for path, (text, _) in zip(paths, labels) if not text],
              "unreadable images": [why for size, why in looks if not size],
              "labels with O or I": [shown(path) for path, (_, repaired) in zip(paths, labels) if repaired],
-             "copies": [f"{shown(path)} is {shown(first[digest])}" for path, (size, digest) in zip(paths, looks) if size and first[digest] != path],
+             "copies": [f"{shown(path)} is {shown(first[digest])}" for path, (size, digest) in zip(paths, looks)
+                        if size and first[digest] != path],
              "plates in train and test": sorted(set(texts.get("train", ())) & set(texts.get("test", ())))}
 
     everything = [text for some in texts.values() for text in some]
@@ -531,7 +540,8 @@ def parse_frame(path):
 
     Raises ValueError where the name is none of CCPD's, or its plate holds characters that ALPHABET lacks (警, 学)."""
     try:
-        box, vertices, indices = ([[int(n) for n in item.split("&")] for item in part.split("_")] for part in Path(path).stem.split("-")[2:5])
+        parts = Path(path).stem.split("-")[2:5]
+        box, vertices, indices = ([[int(n) for n in item.split("&")] for item in part.split("_")] for part in parts)
         (x0, y0), (x1, y1) = box
         tables = [CCPD_PROVINCES, LETTERS + "O"] + [LETTERS + DIGITS + "O"] * (len(indices) - 2)
         plate = "".join(table[i] for table, (i,) in zip(tables, indices)).replace("O", "")      # O: no character
@@ -564,7 +574,8 @@ def crop(frames, out, rectify=False, margin=0.0):
         mx, my = round(margin * (x1 - x0)), round(margin * (y1 - y0))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".part")
-        image.crop((max(0, x0 - mx), max(0, y0 - my), min(image.width, x1 + mx), min(image.height, y1 + my))).save(partial, "JPEG", quality=95)
+        image = image.crop((max(0, x0 - mx), max(0, y0 - my), min(image.width, x1 + mx), min(image.height, y1 + my)))
+        image.save(partial, "JPEG", quality=95)
         partial.replace(target)
         return "cut"
 

@@ -8,14 +8,17 @@ A checkpoint that was trained on drawn plates alone is, without --data, tested o
 training never uses.
 """
 import argparse
+import contextlib
 import csv
 import itertools
 import json
 import math
 import os
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 import data
 import model as crnn
 
+DRAWN_BATCH = 250
 DRAWN_TEST, DRAWN_VAL = (2000, 2 ** 40 + 1), (1000, 2 ** 40)       # (plates, seed); training's seeds differ by construction
 
 
@@ -75,11 +79,11 @@ def confusions(trues, preds):
     return Counter((a, b) for t, p in zip(trues, preds) if len(t) == len(p) for a, b in zip(t, p) if a != b)
 
 
-def drawn_batches(count, seed, size, batch=250):
-    """The same (images, texts) for the same arguments: `count` drawn plates in batches."""
+def drawn_batches(count, seed, size):
+    """The same (images, texts) for the same arguments: `count` drawn plates in batches of DRAWN_BATCH."""
     generator, glyphs = torch.Generator().manual_seed(seed), data.load_glyphs(data.glyph_height(size))
-    for k in range(0, count, batch):
-        yield data.draw_plates(min(batch, count - k), size, generator, glyphs)
+    for k in range(0, count, DRAWN_BATCH):
+        yield data.draw_plates(min(DRAWN_BATCH, count - k), size, generator, glyphs)
 
 
 def read_batches(model, batches, precision, forms=()):
@@ -100,6 +104,64 @@ def plate_forms(model, grammar=None):
     if grammar is None:
         grammar = model.config["alphabet"] == data.ALPHABET and model.config["preset"] != "notebook"
     return data.FORMS if grammar else ()
+
+
+def read(model, sources, precision="auto", grammar=None, top=1, batch_size=None, workers=None):
+    """Yield (plate, confidence) for each of `sources` in order: paths, or arrays (H, W, 3) or (H, W) of uint8.
+
+    The confidence, in [0, 1], is the exact probability of the string under the model. grammar: take the likeliest string
+    that is a plate (default: for checkpoints that read Chinese plates). With top > 1 it is a list of the likeliest pairs.
+    A source that cannot be read gives (None, reason). batch_size: how many are read together (default: what the device
+    does best), each batch by one of `workers` threads (default: one a core)."""
+    size, alphabet, device = model.config["size"], model.config["alphabet"], next(model.parameters()).device
+    precision, forms, sources = crnn.pick_precision(precision, device), plate_forms(model, grammar), iter(sources)
+    batch_size, workers = batch_size or crnn.images_at_once(model), workers or os.cpu_count()
+    turn = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()       # a GPU serves one thread at a time
+
+    def answer(batch):
+        images, answers = [], [None] * len(batch)
+        for k, source in enumerate(batch):
+            try:
+                images.append(data.read_image(source, size))
+            except ValueError as error:
+                answers[k] = (None, str(error))
+        if images:
+            with turn:
+                logits = crnn.predict_logits(model, torch.stack(images), precision)
+            if top == 1:
+                found = zip(*crnn.decode(logits, alphabet, forms))
+            else:
+                found = (some[:top] for some in crnn.candidates(logits, alphabet, forms))
+            answers = [a or next(found) for a in answers]
+        return answers
+
+    # A thread takes a batch from file to text by itself, so that none waits for another as threads that share a step do.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting = deque()
+            while (batch := list(itertools.islice(sources, batch_size))) or waiting:
+                if batch:
+                    waiting.append(pool.submit(answer, batch))
+                if len(waiting) > 2 * workers or not batch:
+                    yield from waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def read_crops(model, folder, precision, grammar=None, workers=None):
+    """The labelled crops below `folder` as four sequences: paths, trues, preds, confidences. Files that cannot be read are
+    named on stderr and left out. Raises ValueError where none is left."""
+    paths, trues = data.find_crops(folder, model.config["alphabet"])
+    found, answers = [], read(model, paths, precision, grammar, workers=workers)
+    for path, true, (pred, sure) in data.progress(zip(paths, trues, answers), len(paths), "image"):
+        if pred is None:
+            print(f"warning: {sure}", file=sys.stderr)
+        else:
+            found.append((path, true, pred, sure))
+    if not found:
+        raise ValueError(f"{folder}: no image in it can be read; check the files")
+    return zip(*found)
 
 
 def report(folder, names, trues, preds, sure, images):
@@ -147,33 +209,24 @@ def evaluate(args):
     alphabet, size = model.config["alphabet"], model.config["size"]
     model.fold()
     forms = plate_forms(model, args.grammar)
-    root, known, dataset = args.data or info.get("args", {}).get("data"), set(), None
+    root, start = args.data or info.get("args", {}).get("data"), time.time()
     if root:
         folder = data.split_folder(root, args.split)
-        dataset = data.PlateDataset(*data.find_crops(folder, alphabet), size, args.workers)
-        unknown = set("".join(dataset.texts)) - set(alphabet)
-        if unknown:
-            raise ValueError(f"{folder}: labels hold {''.join(sorted(unknown))}, which the checkpoint's alphabet lacks")
-        batches = data.loader(dataset, data.in_batches(range(len(dataset)), args.batch_size))
-        batches = data.progress(batches, math.ceil(len(dataset) / args.batch_size), "batch")
-        if args.split != "train" and Path(root, "train").is_dir():
-            known = {text for text, _ in map(lambda p: data.parse_label(p, alphabet), data.list_images(Path(root, "train")))}
+        paths, trues, preds, sure = read_crops(model, folder, precision, args.grammar, args.workers)
+        names, picture = [path.name for path in paths], lambda k: data.read_image(paths[k], size)
     else:
-        batches = drawn_batches(*DRAWN_TEST, size)
-    start = time.time()
-    trues, preds, sure, _ = read_batches(model, batches, precision, forms)
+        batches = list(drawn_batches(*DRAWN_TEST, size))
+        trues, preds, sure, _ = read_batches(model, batches, precision, forms)
+        names, picture = trues, lambda k: batches[k // DRAWN_BATCH][0][k % DRAWN_BATCH]
     speed = len(trues) / (time.time() - start)
-    if not trues:
-        raise ValueError(f"{folder}: no image in it can be read; check the files")
-    rows = [k for k in range(len(dataset)) if k not in dataset.bad] if root else range(len(trues))
-    names = [dataset.paths[k].name for k in rows] if root else trues
 
     scores = metrics(trues, preds)
     low, high = wilson(scores["accuracy"], len(trues))
     wrong = [k for k in range(len(trues)) if trues[k] != preds[k]]
     top = confusions(trues, preds).most_common(20)
     calibration = calibration_error(sure, [t == p for t, p in zip(trues, preds)])
-    print(f"{len(trues):,} {f'images of {folder}' if root else 'drawn plates'}, {device.type} {precision}, {'best plate' if forms else 'greedy'}")
+    what = f"images of {folder}" if root else "drawn plates"
+    print(f"{len(trues):,} {what}, {device.type} {precision}, {'best plate' if forms else 'greedy'}")
     print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
     print(f"CER          {scores['cer']:.5f}")
     print(f"Levenshtein  {scores['levenshtein']:.4f}")
@@ -184,15 +237,18 @@ def evaluate(args):
     print(f"speed        {speed:.0f} images/s, {'files read and decoded' if root else 'plates drawn'} included")
     if args.report:
         print(*breakdown(trues, preds), f"calibration  {calibration:.4f} expected error of the confidences", sep="\n")
-        report(args.report, names, trues, preds, sure, lambda k: dataset[rows[k]][0] if root else torch.zeros(3, *size))
-    for name, some in (("seen", [k for k, t in enumerate(trues) if t in known]), ("unseen", [k for k, t in enumerate(trues) if t not in known])):
-        if known and some:
-            share = sum(trues[k] == preds[k] for k in some) / len(some)
-            print(f"{name:12} {share:.4f} over {len(some):,} plates that are{' not' * (name == 'unseen')} in train")
+        report(args.report, names, trues, preds, sure, picture)
+    known = set()
+    if root and args.split != "train" and Path(root, "train").is_dir():
+        known = {data.parse_label(path, alphabet)[0] for path in data.list_images(Path(root, "train"))}
+    for name, seen in (("seen", True), ("unseen", False)):
+        right = [t == p for t, p in zip(trues, preds) if (t in known) == seen]
+        if known and right:
+            print(f"{name:12} {sum(right) / len(right):.4f} over {len(right):,} plates that are{'' if seen else ' not'} in train")
     if args.json:
         scores.update(images_per_second=speed, interval=[low, high], errors=len(wrong), precision=precision, grammar=bool(forms),
-                      calibration_error=calibration,
-                      confusions=[[a, b, n] for (a, b), n in top], left_out=len(dataset.bad) if root else 0)
+                      calibration_error=calibration, confusions=[[a, b, n] for (a, b), n in top],
+                      left_out=len(data.list_images(folder)) - len(trues) if root else 0)
         Path(args.json).write_text(json.dumps(scores, ensure_ascii=False, indent=1), "utf8")
     if args.csv:
         write_table(args.csv, names, trues, preds, sure)
@@ -201,8 +257,7 @@ def evaluate(args):
 def reading_options(parser):
     """Add the options of every script that reads with a checkpoint."""
     parser.add_argument("--grammar", action=argparse.BooleanOptionalAction, help="take the likeliest string that is a plate (default: yes, but for the notebook's)")
-    parser.add_argument("--batch-size", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="threads that decode files (default: one a core)")
+    parser.add_argument("--workers", type=int, help="threads that read files (default: one a core)")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
 
@@ -218,6 +273,7 @@ def main(argv=None):
     reading_options(parser)
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(encoding="utf8", errors="replace")
+    crnn.keep_memory()
     try:
         evaluate(args)
     except (ValueError, OSError) as error:

@@ -15,13 +15,11 @@ It reads crops of one plate each; a detector comes before it.
 """
 import argparse
 import glob
-import itertools
 import json
 import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,45 +28,13 @@ from torchvision.transforms.functional import to_pil_image
 
 import data
 import model as crnn
-from evaluate import plate_forms, reading_options
+from evaluate import plate_forms, read, reading_options
 
 
 def load(path, device="auto"):
     """A checkpoint of train.py or of the notebook as a network ready to read. Raises ValueError if it is none."""
     model, _ = crnn.load_checkpoint(path, data.ALPHABET, crnn.pick_device(device))
     return model.fold()
-
-
-def read(model, sources, precision="auto", grammar=None, top=1, batch_size=512, workers=None):
-    """Yield (plate, confidence) for each of `sources` in order: paths, or arrays (H, W, 3) or (H, W) of uint8.
-
-    The confidence, in [0, 1], is the exact probability of the string under the model. grammar: take the likeliest string
-    that is a plate (default: for checkpoints that read Chinese plates). With top > 1 it is a list of the likeliest pairs.
-    A source that cannot be read gives (None, reason)."""
-    size, device = model.config["size"], next(model.parameters()).device
-    precision, sources = crnn.pick_precision(precision, device), iter(sources)
-    forms = plate_forms(model, grammar)
-
-    def decode(source):
-        try:
-            return data.read_image(source, size)
-        except ValueError as error:
-            return str(error)
-
-    def answer(images):
-        logits = crnn.predict_logits(model, torch.stack(images), precision)
-        if top > 1:
-            return iter([some[:top] for some in crnn.candidates(logits, model.config["alphabet"], forms)])
-        return zip(*crnn.decode(logits, model.config["alphabet"], forms))
-
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, ThreadPoolExecutor(1) as ahead:
-        fetch = lambda: list(pool.map(decode, itertools.islice(sources, batch_size)))
-        future = ahead.submit(fetch)                            # the next batch is decoded while the network reads this one
-        while items := future.result():
-            future = ahead.submit(fetch)
-            images = [x for x in items if isinstance(x, torch.Tensor)]
-            answers = answer(images) if images else ()
-            yield from (next(answers) if isinstance(x, torch.Tensor) else (None, x) for x in items)
 
 
 def find(arguments):
@@ -147,6 +113,7 @@ def main(argv=None):
     reading_options(parser)
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(encoding="utf8", errors="surrogateescape")
+    crnn.keep_memory()
     try:
         model, paths = load(args.checkpoint, args.device), list(find(args.paths))
         if not paths and not args.export:
@@ -158,7 +125,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     failed, start = 0, time.time()
-    answers = read(model, paths, args.precision, args.grammar, args.top, args.batch_size, args.workers)
+    answers = read(model, paths, args.precision, args.grammar, args.top, workers=args.workers)
     for path, answer in data.progress(zip(paths, answers), len(paths), "image"):
         if answer[0] is None:
             failed += 1
@@ -167,7 +134,8 @@ def main(argv=None):
             name = str(path).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
             print(name, *(f"{plate}\t{p:.4f}" for plate, p in (answer if args.top > 1 else [answer])), sep="\t")
     if paths:
-        print(f"{len(paths) - failed:,} read, {failed:,} unreadable, {(len(paths) - failed) / (time.time() - start):.0f} images/s", file=sys.stderr)
+        done = len(paths) - failed
+        print(f"{done:,} read, {failed:,} unreadable, {done / (time.time() - start):.0f} images/s", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 

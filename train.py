@@ -30,7 +30,7 @@ import evaluate
 import model as crnn
 
 # What each preset trains with unless told otherwise; the notebook's are the notebook's own.
-RECIPES = {"small": dict(epochs=16, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
+RECIPES = {"small": dict(epochs=32, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
            "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
 EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
 GREEN, ODD = 0.02, 0.33                            # shares of the drawn plates: see data.random_plates
@@ -97,8 +97,13 @@ def make_batch(images, texts, drawn, size, generator, glyphs, augment):
     return torch.cat(parts), texts
 
 
-def validate(model, batches, precision, world):
-    """(metrics, mean CTC loss a character) over the batches of all processes."""
+def validate(model, dataset, val_ids, precision, rank, world):
+    """(metrics, mean CTC loss a character) of all processes on the validation crops, or without crops on drawn plates."""
+    batches = ()
+    if dataset:
+        batches = data.loader(dataset, data.in_batches(val_ids[rank::world], 256))
+    elif rank == 0:
+        batches = evaluate.drawn_batches(*evaluate.DRAWN_VAL, model.config["size"])
     if world > 1:                                   # ranks saw other images, so their batch-norm statistics differ
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -121,7 +126,7 @@ def parse(argv):
     add("--bidirectional", action=argparse.BooleanOptionalAction, help="read both ways (default: small yes, notebook no)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: small 32 128, notebook 96 448)")
     add("--alphabet", help="the characters of other people's plates, or a file that holds them (default: Chinese plates)")
-    add("--epochs", type=int, help="passes over the files, of 20,000 images at least (default: small 16, notebook 5)")
+    add("--epochs", type=int, help="passes over the files, of 20,000 images at least (default: small 32, notebook 5)")
     add("--batch-size", type=int, default=128, help="images a step, over all processes (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate (default: small 2e-3, notebook 3e-4)")
     add("--weight-decay", type=float, help="(default: small 0.02, notebook 1e-4)")
@@ -154,6 +159,7 @@ def main(argv=None):
     args = parse(argv)
     # a batch queue or a spot machine ends a run with SIGTERM; Ctrl-C is SIGINT
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    crnn.keep_memory()
     try:
         train(args)
     except (ValueError, OSError) as error:
@@ -204,9 +210,9 @@ def build(args, device):
     return model, torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
 
 
-def load_crops(args, model, say):
+def load_crops(args, model, rank, say):
     """The labelled crops of --data whose labels fit the network: (PlateDataset, indices to train on, indices to validate on)."""
-    paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"])
+    paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"], quiet=rank > 0)
     fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
     if len(fits) < len(texts):
         say(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
@@ -247,15 +253,17 @@ def train(args):
     plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
 
     # the images
-    dataset, train_ids, val_ids = load_crops(args, model, say) if args.data else (None, [], [])
+    dataset, train_ids, val_ids = load_crops(args, model, rank, say) if args.data else (None, [], [])
     prior = province_prior([] if plain else [dataset.texts[k] for k in train_ids], alphabet).to(device)
     drawn = round(args.batch_size * args.synthetic)
     real = args.batch_size - drawn
     steps = max(math.ceil(len(train_ids) / max(1, real)), math.ceil(EPOCH / args.batch_size))
     easel = torch.device("cpu") if device.type == "mps" else device         # MPS lacks some of the camera's operations
     glyphs = data.load_glyphs(data.glyph_height(size), easel) if drawn else None
-    validation = (f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept") if dataset else f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
-    say(f"{model.config['preset']} {size[0]} x {size[1]}, {sum(p.numel() for p in model.parameters()):,} parameters, {device} {precision}, {world} process(es)")
+    validation = f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept"
+    validation = validation if dataset else f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{model.config['preset']} {size[0]} x {size[1]}, {parameters:,} parameters, {device} {precision}, {world} process(es)")
     say(f"training on {len(train_ids):,} crops, {drawn} of every {args.batch_size} images drawn; validation: {validation}")
     if dataset:
         say(f"decoded crops take {dataset.bytes / 1e9:.2f} GB " + ("of memory, kept after the first epoch" if dataset.cached else
@@ -278,7 +286,8 @@ def train(args):
             losses, recent, clock, window = [], deque(maxlen=10), time.time(), 0
             # one order for all ranks, each takes every world-th image of a batch
             shuffle = np.random.default_rng(seed_of(args.seed, epoch))
-            order = np.concatenate([shuffle.permutation(train_ids) for _ in range(math.ceil(steps * real / max(1, len(train_ids))))] or [[]])
+            passes = math.ceil(steps * real / len(train_ids)) if train_ids else 0
+            order = np.concatenate([[], *(shuffle.permutation(train_ids) for _ in range(passes))]).astype(int)
             batches = [order[k * real:(k + 1) * real][rank::world].tolist() for k in range(steps)]
             files = data.loader(dataset, batches) if real else ((None, []) for _ in range(steps))
             for k, (images, texts) in enumerate(files):
@@ -309,7 +318,8 @@ def train(args):
                     average(ema, model, 1.0 if plain else max(1 / 500, 9 / (10 + step)))
                     losses.append(loss.item())
                 elif bad >= BAD_STEPS:
-                    raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; the best weights are kept in {out}; lower --lr, now {args.lr:g}")
+                    raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; "
+                                     f"the best weights are kept in {out}; lower --lr, now {args.lr:g}")
                 window += len(texts)
                 recent.append((texts, logits.detach()))
                 if (k + 1) % LOG_EVERY == 0 or k == steps - 1 or time.time() - clock > LOG_SECONDS:
@@ -317,27 +327,29 @@ def train(args):
                     left = (args.epochs * steps - step - 1) * args.batch_size / speed
                     preds = [text for _, some in recent for text in crnn.greedy_decode(some, alphabet)]
                     m = evaluate.metrics([text for some, _ in recent for text in some], preds)
-                    say(f"epoch {epoch + 1} step {k + 1:5,}  loss {np.mean(losses[-LOG_EVERY:]):6.3f}  accuracy {m['accuracy']:.4f}  CER {m['cer']:.4f}  "
-                        f"Levenshtein {m['levenshtein']:.3f}  {speed:,.0f} images/s  {left / 60:.1f} min left", flush=True)
+                    say(f"epoch {epoch + 1} step {k + 1:5,}  loss {np.mean(losses[-LOG_EVERY:]):6.3f}  accuracy {m['accuracy']:.4f}  "
+                        f"CER {m['cer']:.4f}  Levenshtein {m['levenshtein']:.3f}  {speed:,.0f} images/s  {left / 60:.1f} min left", flush=True)
                     if not any(preds):
-                        say("  every prediction is still blank: CTC's normal first phase; it ends within about 20,000 images (the notebook's network: 80,000)")
+                        say("  every prediction is still blank: CTC's normal first phase; "
+                            "it ends within about 20,000 images (the notebook's network: 80,000)")
                     clock, window = time.time(), 0
 
             # the averaged weights are what is judged and kept
-            files = data.loader(dataset, data.in_batches(val_ids[rank::world], 256)) if dataset else evaluate.drawn_batches(*evaluate.DRAWN_VAL, size) if rank == 0 else ()
-            m, val_loss = validate(ema, files, precision, world)
+            m, val_loss = validate(ema, dataset, val_ids, precision, rank, world)
             row = dict(epoch=epoch + 1, images=(epoch + 1) * steps * args.batch_size, minutes=round((time.time() - begin) / 60, 2),
                        loss=float(np.mean(losses or [math.nan])), val_loss=val_loss, **m)
             history.append(row)
             if rank == 0:
-                say(f"=== epoch {epoch + 1:3}  loss {row['loss']:7.4f}  val loss {row['val_loss']:7.4f}  accuracy {m['accuracy']:.4f}  CER {m['cer']:.5f}  "
-                    f"Levenshtein {m['levenshtein']:.4f}  {row['minutes']:.1f} min" + (f"  ({len(dataset.bad)} unreadable files left out)" if dataset and dataset.bad else ""), flush=True)
+                unread = f"  ({len(dataset.bad)} unreadable files left out)" if dataset and dataset.bad else ""
+                say(f"=== epoch {epoch + 1:3}  loss {row['loss']:7.4f}  val loss {row['val_loss']:7.4f}  accuracy {m['accuracy']:.4f}  "
+                    f"CER {m['cer']:.5f}  Levenshtein {m['levenshtein']:.4f}  {row['minutes']:.1f} min{unread}", flush=True)
                 score = [m["levenshtein"], row["val_loss"]] if m["n"] else [-epoch, 0]
                 if best is None or score <= best:
                     best = score
                     crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics=row), out)
-                crnn.save_atomically(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                          epoch=epoch + 1, best=best, history=history, args=vars(args)), state_path)
+                state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                             epoch=epoch + 1, best=best, history=history, args=vars(args))
+                crnn.save_atomically(state, state_path)
                 with open(out.with_suffix(".csv"), "w", encoding="utf8", newline="") as file:
                     table = csv.DictWriter(file, row)
                     table.writeheader()
