@@ -302,7 +302,9 @@ def test_train_evaluate_predict(crops, reader, tmp_path):
     assert [reads[row["filename"]][0] for row in rows] == [row["pred"] for row in rows] and summary.rstrip().endswith("images/s")
     # the same from Python, in batches of another size
     network = predict.load(out, "cpu")
-    answers = list(predict.read(network, sorted((crops / "test").iterdir()), "fp32", batch_size=3))
+    threads = torch.get_num_threads()
+    answers = list(predict.read(network, sorted((crops / "test").iterdir()), "fp32", batch_size=3, workers=3))
+    assert torch.get_num_threads() == threads       # each of the three took one, and gave it back
     assert [a[0] for a in answers] == [row["pred"] for row in rows]
     assert all(a[1] == pytest.approx(float(row["confidence"]), abs=1e-4) for a, row in zip(answers, rows))
 
@@ -591,6 +593,8 @@ def test_report(reader, crops, tmp_path):
     said = run("evaluate.py", reader[0], "--data", crops, "--report", tmp_path / "report")[0]
     assert "by position" in said and "calibration" in said and "unseen" in said
     assert (tmp_path / "report" / "predictions.csv").exists() and Image.open(tmp_path / "report" / "errors.png").size[0] > 900
+    run("evaluate.py", reader[0], "--report", tmp_path / "drawn")
+    assert np.asarray(Image.open(tmp_path / "drawn" / "errors.png"))[4:68, 4:260].std() > 1          # the plate is there
 
 
 # what the README's commands need and a clean clone lacks: fonts, the notebook's checkpoint, a GPU's patience
