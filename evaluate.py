@@ -128,10 +128,10 @@ def read(model, sources, precision="auto", grammar=None, top=1, batch_size=None,
         if images:
             with turn:
                 logits = crnn.predict_logits(model, torch.stack(images), precision)
-            if top == 1:
-                found = zip(*crnn.decode(logits, alphabet, forms))
-            else:
-                found = (some[:top] for some in crnn.candidates(logits, alphabet, forms))
+                if top == 1:
+                    found = zip(*crnn.decode(logits, alphabet, forms))
+                else:
+                    found = (some[:top] for some in crnn.candidates(logits, alphabet, forms))
             answers = [a or next(found) for a in answers]
         return answers
 
