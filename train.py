@@ -210,12 +210,12 @@ def build(args, device):
     return model, torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
 
 
-def load_crops(args, model, rank, say):
+def load_crops(args, model, rank):
     """The labelled crops of --data whose labels fit the network: (PlateDataset, indices to train on, indices to validate on)."""
     paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"], quiet=rank > 0)
     fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
-    if len(fits) < len(texts):
-        say(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
+    if len(fits) < len(texts) and rank == 0:
+        print(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
     dataset = data.PlateDataset([paths[k] for k in fits], [texts[k] for k in fits], model.config["size"], args.workers)
     train_ids, val_ids = split_validation(dataset.texts, args.val)
     if not train_ids:
@@ -253,15 +253,16 @@ def train(args):
     plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
 
     # the images
-    dataset, train_ids, val_ids = load_crops(args, model, rank, say) if args.data else (None, [], [])
+    dataset, train_ids, val_ids = load_crops(args, model, rank) if args.data else (None, [], [])
     prior = province_prior([] if plain else [dataset.texts[k] for k in train_ids], alphabet).to(device)
     drawn = round(args.batch_size * args.synthetic)
     real = args.batch_size - drawn
     steps = max(math.ceil(len(train_ids) / max(1, real)), math.ceil(EPOCH / args.batch_size))
     easel = torch.device("cpu") if device.type == "mps" else device         # MPS lacks some of the camera's operations
     glyphs = data.load_glyphs(data.glyph_height(size), easel) if drawn else None
-    validation = f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept"
-    validation = validation if dataset else f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
+    validation = f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
+    if dataset:
+        validation = f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept"
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{model.config['preset']} {size[0]} x {size[1]}, {parameters:,} parameters, {device} {precision}, {world} process(es)")
     say(f"training on {len(train_ids):,} crops, {drawn} of every {args.batch_size} images drawn; validation: {validation}")
