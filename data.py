@@ -1,613 +1,1034 @@
-"""Licence-plate data: labels from file names, images from any format, plates drawn from scratch.
+"""Licence-plate data: labels from file names, images from any format, synthetic plates.
 
-    python data.py audit DIR [--json report.json]        what is in a data set, and what is wrong with it
-    python data.py show DIR sheet.png [--augmented]      labelled samples as one picture (DIR may be: drawn)
-    python data.py render OUT --count 1000               drawn plates as files, in OUT/train and OUT/test
-    python data.py crop FRAMES OUT [--rectify]           CCPD photographs to crops named as training expects
-    python data.py glyphs FONT... --out glyphs.png       the character pictures that drawn plates are made of
+    python data.py audit DIR [--json report.json]      # what a data set holds, and what is wrong
+    python data.py show DIR sheet.png [--augmented]    # labelled samples as one picture
+    python data.py show synthetic sheet.png            # the same for synthetic plates
+    python data.py render OUT --count 1000             # synthetic plates as files
+    python data.py crop FRAMES OUT [--rectify]         # CCPD photographs to crops for training
 
-Copy this file (and glyphs.png, if plates are to be drawn) into any project; it imports no other of ours.
+The file goes from labels to images to batches, and then to synthetic plates: they are drawn,
+and a simulated camera photographs them. The same camera augments real crops.
+
+Copy this file into any project; it imports no other of ours. Only drawing needs assets/glyphs.png.
 """
+
 import argparse
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import random
 import re
+import stat
 import sys
 import time
 import unicodedata
 import warnings
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import perspective, pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 
-DIGITS, LETTERS = "0123456789", "ABCDEFGHJKLMNPQRSTUVWXYZ"          # real plates hold no I and no O
+# ---------------------------------------------------------------------------------------
+# The alphabet and the types of plates
+
+DIGITS = "0123456789"
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # real plates hold no I and no O
 PROVINCES = "云京冀吉宁川新晋桂沪津浙渝湘琼甘皖粤苏蒙藏豫贵赣辽鄂闽陕青鲁黑"
-ALPHABET = DIGITS + LETTERS + PROVINCES             # index 0 is the CTC blank, so character k has index k + 1
-FORMS = [[PROVINCES, LETTERS] + [LETTERS + DIGITS] * n for n in (5, 6)]        # blue and green plates, place by place
+ALPHABET = DIGITS + LETTERS + PROVINCES
+FUELS = "ABCDEFGHJK"  # the letters that tell how an electric car is driven
+
+# A plate pattern says for every place which characters may stand there: a tuple of strings.
+# The standard (GA 36-2018) allows at most two letters among the last five characters.
+SEVEN = tuple(
+    (PROVINCES, LETTERS) + tuple(LETTERS if k in places else DIGITS for k in range(5))
+    for count in range(3)
+    for places in itertools.combinations(range(5), count)
+)
+EIGHT = tuple((PROVINCES, LETTERS, FUELS, fourth) + 4 * (DIGITS,) for fourth in (DIGITS, LETTERS))
+EIGHT_LARGE = ((PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),)
+PATTERNS = SEVEN + EIGHT + EIGHT_LARGE
+
+# (left edge, width) of every character in mm; behind the second one stands a dot
+SEVEN_BOXES = tuple((x, 45) for x in (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5))
+EIGHT_BOXES = ((15.5, 45),) + tuple(
+    (x, 43) for x in (69.5, 161.5, 213.5, 265.5, 317.5, 369.5, 421.5)
+)
+
+OWN_FACE = range(0, 4)  # rows of glyphs.png: the plates' own characters in four widths of the pen
+GREEN_FACE = range(4, 8)  # green plates have a typeface of their own
+OTHER_FACES = 8  # ordinary typefaces begin at this row
+
+BRIGHT = (0.75, 1.0)
+DARK = (0.0, 0.2)
+
+
+class PlateType(NamedTuple):
+    """All that is special about one type of plate. Lengths are in mm, colours RGB in [0, 1]."""
+
+    name: str
+    share: float  # how many of the synthetic plates are of this type
+    ground: tuple  # the colour of the background lies between these two
+    ink: tuple = DARK  # the darkest and the brightest grey of the characters and the border
+    fade: float = 0.0  # how far the background turns white towards the top
+    patterns: tuple = SEVEN
+    width: float = 440  # every plate is 140 mm high, every character 90 mm
+    boxes: tuple = SEVEN_BOXES
+    faces: range = OWN_FACE
+
+
+GREEN = {"fade": 1.0, "width": 480, "boxes": EIGHT_BOXES, "faces": GREEN_FACE}
+PLATE_TYPES = (
+    PlateType("blue", 0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), ink=BRIGHT),
+    PlateType("green", 0.11, ((0.10, 0.60, 0.35), (0.35, 0.85, 0.60)), patterns=EIGHT, **GREEN),
+    # electric trucks and buses
+    PlateType(
+        "large green", 0.01, ((0.40, 0.60, 0.10), (0.80, 0.85, 0.45)), patterns=EIGHT_LARGE, **GREEN
+    ),
+    # trucks and buses
+    PlateType("yellow", 0.07, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
+    PlateType("white", 0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
+)
+
+
+def read_alphabet(text):
+    """The alphabet that `text` gives: its characters, or those of the UTF-8 file it names.
+
+    White space and repeated characters are dropped. An argparse type, and so its errors are."""
+    if len(text) < 200 and os.path.isfile(text):  # a longer text is no file name anywhere
+        try:
+            text = Path(text).read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError(f"{text}: not UTF-8 text; save it as UTF-8") from None
+    elif re.search(r"[/\\]|\.\w{1,4}$", text):
+        raise argparse.ArgumentTypeError(f"{text}: no such file; name one or give the characters")
+    alphabet = "".join(dict.fromkeys("".join(text.split())))
+    if not alphabet:
+        raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
+    if "-" in alphabet:
+        print('warning: a label is only what follows the last "-" of a name', file=sys.stderr)
+    return alphabet
+
+
+# ---------------------------------------------------------------------------------------
+# Labels from file names
+
+# Labels are held against this alone, so that a plate which breaks a rule still teaches.
 PLATE = re.compile(f"[{PROVINCES}][{LETTERS}][{LETTERS}{DIGITS}]{{5,6}}")
-CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"        # in the order of CCPD's file names
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)       # a picture too large to be a crop
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")           # broken files are named once, by us,
-logging.getLogger("PIL").addHandler(logging.NullHandler())                      # not in Pillow's words as well
-
-GENTLE = 0.5                                        # the camera's strength for crops that went through one already
-
-# --------------------------------------------------------------------------------------------------------------
-# Labels and files
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 def parse_label(path, alphabet=ALPHABET):
-    """The label in a file name, what stands after its last "-" or all of it: (text, repaired), or (None, False).
+    """The label of a crop, from its file name: (text, repaired), or (None, False) if there is none.
 
-    With the default alphabet the text is a plate, and a letter O or I in its number was read as 0 or 1 if `repaired`;
-    with any other alphabet it is taken as it stands."""
+    The label is what follows the last "-" of the name, or the whole name. With the default
+    alphabet it must be a plate. Plates hold no O and no I, so these are read as 0 and 1, and
+    `repaired` says so. With any other alphabet the label is taken as it stands."""
     text = Path(path).stem.rpartition("-")[2]
     if alphabet != ALPHABET:
-        return (text, False) if text and set(text) <= set(alphabet) else (None, False)
-    text = unicodedata.normalize("NFKC", text).upper().translate(dict.fromkeys(map(ord, "·•・‧")))
+        fits = bool(text) and set(text) <= set(alphabet)
+        return (text if fits else None), False
+    text = unicodedata.normalize("NFKC", text).upper()  # full-width characters too
+    text = re.sub("[·•・‧]", "", text)  # people write 皖A·X511H
     plate = text[:2] + text[2:].replace("O", "0").replace("I", "1")
-    return (plate, plate != text) if PLATE.fullmatch(plate) else (None, False)
+    if not PLATE.fullmatch(plate):
+        return None, False
+    return plate, plate != text
 
 
 def list_images(folder):
-    """All image files below `folder`, sorted; hidden files are passed over."""
+    """All image files below `folder`, sorted. Links are followed, but every folder only once."""
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder; give one with images, or with train and test folders inside")
-    found = (Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(p for p in found if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+        raise ValueError(f"{printable(folder)}: no such folder; give one with images inside")
+    paths = []
+    visited = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real_folder = os.path.realpath(root)
+        if real_folder in visited:
+            folders.clear()  # a link that leads back would never end
+            continue
+        visited.add(real_folder)
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def has_splits(root):
+    """Whether a data set holds the folders train or test, and is not itself a folder of crops."""
+    return Path(root, "train").is_dir() or Path(root, "test").is_dir()
 
 
 def split_folder(root, split):
-    """The folder of `split` ("train" or "test") in `root`; a root without such folders is itself the split."""
-    root = Path(root)
-    if (root / split).is_dir():
-        return root / split
-    if (root / "train").is_dir() or (root / "test").is_dir():
+    """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
+    if not has_splits(root):
+        return Path(root)
+    if not Path(root, split).is_dir():
         raise ValueError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
-    return root
+    return Path(root, split)
 
 
-def shown(path):
-    """A path for one line of a terminal, control characters escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+def split_validation(texts, share):
+    """Split crops into two lists of indices, (train, validation), by a hash of the plate.
+
+    About `share` of the plates go to validation. No plate is on both sides, and the same texts
+    always give the same split."""
+    plates = sorted(set(texts), key=lambda text: zlib.crc32(text.encode()))
+    count = round(share * len(plates))
+    if share > 0 and len(plates) > 1:
+        count = max(1, count)
+    chosen = set(plates[:count])
+    train_ids = [k for k, text in enumerate(texts) if text not in chosen]
+    val_ids = [k for k, text in enumerate(texts) if text in chosen]
+    return train_ids, val_ids
+
+
+def printable(path):
+    """A path for one line of a terminal: control characters are escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))
+
+
+def warn_about(paths, why):
+    """Name the first of `paths` on stderr, if there are any."""
+    if paths:
+        names = ", ".join(printable(path.name) for path in paths[:5])
+        dots = ", ..." if len(paths) > 5 else ""
+        print(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
 
 
 def find_crops(folder, alphabet=ALPHABET, quiet=False):
-    """The labelled crops below `folder` as (paths, texts); unless `quiet`, says on stderr what was left out or repaired.
+    """The labelled crops below `folder`: (paths, texts). Raises ValueError if there are none.
 
-    Raises ValueError if there are none."""
-    labels = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
-    bad = [path for path, text, _ in labels if text is None]
-    frames = [path for path in bad if path.name.count("&") >= 6]           # whole CCPD photographs, by their vertices
-    for some, why in ((frames, "whole CCPD photographs left out; cut them first: python data.py crop FRAMES OUT"),
-                      ([path for path in bad if path.name.count("&") < 6], "files left out, their names hold no label")):
-        if some and not quiet:
-            names = [shown(path.name) for path in some[:5]] + ["..."] * (len(some) > 5)
-            print(f"warning: {len(some):,} {why}: {', '.join(names)}", file=sys.stderr)
-    repaired = sum(mended for _, _, mended in labels)
-    if repaired and not quiet:
-        print(f"note: {repaired:,} labels held the letter O or I, which plates do not: read as 0 and 1", file=sys.stderr)
-    if len(bad) == len(labels):
-        names = "01-皖AX511H.jpg or 皖AX511H.jpg" if alphabet == ALPHABET else "01-LABEL.jpg, LABEL in characters of the alphabet"
-        raise ValueError(f"{folder}: no labelled crops; file names such as {names} are expected")
-    return [path for path, text, _ in labels if text is not None], [text for _, text, _ in labels if text is not None]
+    Unless `quiet`, says on stderr which files hold no label and how many labels were repaired."""
+    paths = []
+    texts = []
+    unlabelled = []
+    repairs = 0
+    for path in list_images(folder):
+        text, repaired = parse_label(path, alphabet)
+        repairs += repaired
+        if text is None:
+            unlabelled.append(path)
+        else:
+            paths.append(path)
+            texts.append(text)
+    # the name of a whole CCPD photograph holds the corners of its plate
+    frames = [path for path in unlabelled if path.name.count("&") >= 6]
+    others = [path for path in unlabelled if path.name.count("&") < 6]
+    if not quiet:
+        cure = "cut them first: python data.py crop FRAMES OUT"
+        warn_about(frames, f"whole CCPD photographs left out; {cure}")
+        warn_about(others, "files left out, their names hold no label")
+        if repairs:
+            note = f"note: {repairs:,} labels held the letter O or I, which plates do not"
+            print(f"{note}: read as 0 and 1", file=sys.stderr)
+    if not paths:
+        example = "01-皖AX511H.jpg" if alphabet == ALPHABET else "01-LABEL.jpg, in its alphabet"
+        raise ValueError(f"{folder}: no labelled crops; file names such as {example} are expected")
+    return paths, texts
 
 
-def open_image(source, least=None):
-    """An image file of any Pillow format and mode, or a uint8 array (H, W, 3) or (H, W), as an upright RGB Pillow image.
+# ---------------------------------------------------------------------------------------
+# Reading an image
 
-    least: (width, height) that the JPEG decoder may shrink a far larger file to. Raises ValueError for what cannot be read."""
+
+def decode_image(source):
+    """One image as an upright RGB Pillow image, however it is stored."""
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    elif stat.S_ISREG(os.stat(source).st_mode):
+        image = Image.open(source)
+    else:
+        raise ValueError("not a regular file")  # a pipe would make the reader wait for ever
+    with image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
+            pixels = np.asarray(image).clip(0, 65535) >> 8
+            image = Image.fromarray(pixels.astype(np.uint8))
+        return image.convert("RGB")
+
+
+def open_image(source):
+    """An image file of any Pillow format, or a uint8 array, as an upright RGB Pillow image.
+
+    Arrays are (H, W, 3) in the order RGB, or (H, W) grey. Raises ValueError with one sentence
+    for anything else, and for a picture too large to be a crop."""
     try:
-        with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
-            if least:
-                image.draft("RGB", least)
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                      # 16 bits a pixel; convert() would clip, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:                                  # Pillow's decoders raise all sorts for broken files
-        name = "array" if isinstance(source, np.ndarray) else shown(source)
-        raise ValueError(f"{name}: not a readable image ({shown(error)[:100] or type(error).__name__}); left out") from None
+        with warnings.catch_warnings():
+            # Pillow warns about huge pictures and broken tags; we say it in our own words
+            warnings.simplefilter("ignore")
+            return decode_image(source)
+    except Exception as error:  # decoders raise all kinds of errors for broken files
+        name = "array" if isinstance(source, np.ndarray) else printable(source)
+        reason = printable(error)[:100] or type(error).__name__
+        raise ValueError(f"{name}: not a readable image ({reason}); left out") from None
 
 
 def read_image(source, size):
-    """What open_image reads as uint8 (3, *size), antialiased when shrinking, bilinear when growing: the one way images take
-    into training, evaluation and prediction."""
-    return pil_to_tensor(open_image(source, size[::-1]).resize(size[::-1], Image.BILINEAR, reducing_gap=1.5))
+    """An image file or array as uint8 (3, *size): for training, evaluation and prediction alike."""
+    height, width = size
+    image = open_image(source).resize((width, height), Image.BILINEAR)  # antialiased if it shrinks
+    return pil_to_tensor(image)
 
 
-def free_memory():
-    """Bytes of memory that are free, or a guess of 4 GB where the system does not say."""
-    try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return 4 << 30
+# ---------------------------------------------------------------------------------------
+# Dataset and loader
 
 
 class PlateDataset(torch.utils.data.Dataset):
-    """Labelled crops; item k is (uint8 (3, H, W), text). Threads decode (Pillow frees the GIL) and each file is decoded
-    once: one uint8 array keeps them all where that takes at most half of the free memory.
+    """Labelled crops; item k is (image uint8 (3, *size), text).
 
-    A file that cannot be read is named on stderr once; `__getitems__`, which DataLoader calls, leaves it out."""
+    Decoding costs more than a training step, so images stay in memory up to `cache_bytes`.
+    An item raises ValueError if its file cannot be read."""
 
-    def __init__(self, paths, texts, size, workers=None):
-        self.paths, self.texts, self.size, self.bad = paths, texts, tuple(size), set()
-        self.pool = ThreadPoolExecutor(workers or os.cpu_count())
-        self.bytes = len(paths) * 3 * size[0] * size[1]
-        self.cached = self.bytes <= free_memory() / 2
-        self.cache = torch.empty((len(paths) if self.cached else 0, 3, *size), dtype=torch.uint8)
-        self.filled = np.zeros(len(paths), dtype=bool)
+    def __init__(self, paths, texts, size, cache_bytes=0):
+        self.paths = paths
+        self.texts = texts
+        self.size = size
+        self.capacity = cache_bytes // (3 * size[0] * size[1])
+        self.cache = {}
+        self.unreadable = set()
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, k):
-        if not self.filled[k]:
+        image = self.cache.get(k)
+        if image is None:
             image = read_image(self.paths[k], self.size)
-            if not self.cached:
-                return image, self.texts[k]
-            self.cache[k] = image
-            self.filled[k] = True
-        return self.cache[k], self.texts[k]
+            if len(self.cache) < self.capacity:
+                self.cache[k] = image
+        return image, self.texts[k]
 
-    def __getitems__(self, indices):
-        def get(k):
-            try:
-                return self[k]
-            except ValueError as error:
-                if k not in self.bad:
-                    self.bad.add(k)
-                    print(f"warning: {error}", file=sys.stderr)
-        cached = all(self.filled[k] for k in indices)
-        return [item for item in (map if cached else self.pool.map)(get, indices) if item]
+    def get(self, k):
+        """Item k, or None if its file cannot be read, which is said once."""
+        try:
+            return self[k]
+        except ValueError as error:
+            if k not in self.unreadable:
+                self.unreadable.add(k)
+                print(f"warning: {error}", file=sys.stderr)
+            return None
 
 
-def loader(dataset, batches):
-    """(uint8 (B, 3, H, W), texts) for each list of indices in `batches`, the next one loading while one is used."""
-    collate = lambda items: (torch.stack([image for image, _ in items]), [text for _, text in items]) if items else None
-    items = iter(torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=torch.cuda.is_available()))
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(next, items, False)
-        while (batch := future.result()) is not False:
-            future = thread.submit(next, items, False)
-            if batch:
-                yield batch
+def load_batches(dataset, batches, threads):
+    """Yield (images uint8 (B, 3, H, W), texts) for every list of indices in `batches`.
+
+    Threads read the next batches while one is used; Pillow decodes outside Python's lock.
+    Unreadable files are left out, so a batch may be short, or even empty."""
+
+    def read(indices):
+        items = [item for item in map(dataset.get, indices) if item]
+        images = [image for image, _ in items]
+        texts = [text for _, text in items]
+        return torch.stack(images) if images else torch.empty(0, 3, *dataset.size), texts
+
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for indices in batches:
+            waiting.append(pool.submit(read, indices))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def in_batches(indices, size):
-    """A sequence of indices as lists of `size`, the last one shorter."""
-    return [list(indices[k:k + size]) for k in range(0, len(indices), size)]
+def count_cpus():
+    """The processor cores this process may use: a container or a cluster may allow only a few."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def progress(items, total, what):
-    """Pass `items` on; on a terminal, stderr shows how many are done and the time left."""
-    start = shown_at = time.time()
-    for k, item in enumerate(items, 1):
-        yield item
-        if sys.stderr.isatty() and (time.time() - shown_at > 0.5 or k == total):
-            shown_at = time.time()
-            left = (shown_at - start) / k * (total - k)
-            print(f"\r{what} {k:,}/{total:,}, {left:.0f} s left ", end="\n" if k == total else "", file=sys.stderr, flush=True)
+def read_number(path, name=""):
+    """The number behind `name` in a small system file, or infinity if there is none."""
+    try:
+        number = re.search(rf"{name}\s*(\d+)", Path(path).read_text())
+    except OSError:
+        number = None
+    return int(number[1]) if number else math.inf
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Drawn plates. A glyph is a 45 x 90 mm character as a small grey picture; glyphs.png holds one row a typeface.
-
-CELL_W, CELL_H = 24, 48                             # pixels of one character in glyphs.png
-OWN_ROWS = 4                                        # its first rows: the plate's own shapes, in four pens
-
-
-def stroke_glyph(paths, pen):
-    """A line of strokes.txt drawn with a round pen of `pen` mm: a grey picture of 45 x 90 mm at 8 pixels a mm."""
-    glyph = Image.new("L", (45 * 8, 90 * 8))
-    draw, r = ImageDraw.Draw(glyph), pen * 4
-    for path in paths.split(" / "):
-        points, control = [], None
-        for word in path.split():
-            # the pen's outer edge touches the 45 x 90 box, so the grid shrinks as the pen grows
-            end = np.array([float(v) for v in word.rstrip("*").split(",")]) / (35, 80) * (359 - 2 * r, 719 - 2 * r) + r
-            if word.endswith("*"):
-                control = end
-                continue
-            if control is not None:
-                start = points[-1]
-                points += [(1 - t) ** 2 * start + 2 * t * (1 - t) * control + t * t * end for t in np.arange(1, 8) / 8]
-            points.append(end)
-            control = None
-        draw.line([tuple(p) for p in points], fill=255, width=round(2 * r))
-        for x, y in points:
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    return glyph
+def free_memory():
+    """Bytes of memory that are free for this process: in the machine and in its container."""
+    machine = read_number("/proc/meminfo", "MemAvailable:") * 1024
+    group = Path("/sys/fs/cgroup")
+    container = read_number(group / "memory.max") - read_number(group / "memory.current")
+    if math.isnan(container):  # no such files: no container, or one of the older kind
+        container = read_number(group / "memory/memory.limit_in_bytes")
+    free = min(machine, container)
+    return int(free) if free < math.inf else 4 << 30
 
 
-def font_glyph(char, font, pen):
-    """`char` of a typeface stretched to 45 x 90 mm, its strokes thickened to about `pen` mm; None if it lacks it."""
-    x0, y0, x1, y1 = font.getbbox(char)
-    if bytes(font.getmask(char)) == bytes(font.getmask("\uffff")):
-        return None
-    glyph = Image.new("L", (x1 - x0, y1 - y0))
-    ImageDraw.Draw(glyph).text((-x0, -y0), char, fill=255, font=font)
-    # Stretched first and thickened after: a plate's strokes are equally wide both ways, however narrow the character.
-    for r in range(20):
-        out = Image.new("L", (45 * 4, 90 * 4))
-        out.paste(glyph.resize((out.width - 2 * r, out.height - 2 * r), Image.BILINEAR), (r, r))
-        out = out.filter(ImageFilter.MaxFilter(2 * r + 1))
-        ink = np.asarray(out) > 127
-        edges = sum(np.count_nonzero(np.diff(ink, axis=axis)) for axis in (0, 1))
-        if 2 * ink.sum() >= edges * pen * 4:        # a stroke's width is twice its area over its outline
-            break
-    return out
+def in_batches(items, size):
+    """A list cut into lists of `size`; the last one may be shorter."""
+    return [items[k : k + size] for k in range(0, len(items), size)]
 
 
-def glyphs(fonts, out):
-    """Write glyphs.png: a row of CELL_W x CELL_H cells in ALPHABET's order for each face and pen.
-
-    The first rows are strokes.txt in OWN_ROWS pens; a face that lacks a character has it from them.
-    fonts: paths, with `,N` behind it the N-th face of a .ttc collection."""
-    lines = Path(__file__).with_name("strokes.txt").read_text("utf8").splitlines()
-    strokes = {line[0]: line[2:] for line in lines if not line.startswith("#")}
-    # the more strokes a province has, the thinner they are
-    thin = lambda char: max(0.65, 0.925 - 0.025 * strokes[char].count("/")) if char in PROVINCES else 1
-    rows = [[stroke_glyph(strokes[c], pen * thin(c)) for c in ALPHABET] for pen in (7, 9, 11, 13)]
-    for name in fonts:
-        path, _, index = name.partition(",")
-        font = ImageFont.truetype(path, 200, index=int(index or 0))
-        for pen, own in ((5, rows[0]), (8, rows[1])):
-            # a plate's 1 is a plain bar, whatever the typeface
-            rows.append([c != "1" and font_glyph(c, font, pen if c in PROVINCES else pen + 3) or mine for c, mine in zip(ALPHABET, own)])
-    sheet = Image.new("L", (CELL_W * len(ALPHABET), CELL_H * len(rows)))
-    for y, row in enumerate(rows):
-        for x, glyph in enumerate(row):
-            sheet.paste(glyph.resize((CELL_W, CELL_H), Image.BOX), (x * CELL_W, y * CELL_H))
-    sheet.save(out, optimize=True)
+# ---------------------------------------------------------------------------------------
+# Random numbers
 
 
+class RandomNumbers:
+    """Random numbers that follow from a seed alone: tensors, and `numbers` for single ones.
+
+    Single numbers come from Python's own generator: to ask a GPU for one would make it wait."""
+
+    def __init__(self, seed, device="cpu"):
+        self.device = torch.device(device)
+        self.tensors = torch.Generator(self.device).manual_seed(seed)
+        self.numbers = random.Random(seed)
+
+    def rand(self, *shape):
+        return torch.rand(shape, generator=self.tensors, device=self.device)
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.tensors, device=self.device)
+
+    def happens(self, probability):
+        return self.numbers.random() < probability
+
+
+def make_seed(*counters):
+    """One seed for several counters, such as (seed, epoch, step, rank).
+
+    So each step's random numbers follow from its place in the run, not from what ran before."""
+    state = np.random.SeedSequence(counters).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))
+
+
+def on_device(values, device, dtype=torch.float32):
+    """A small tensor on `device`, copied without waiting for the device."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------
+# Synthetic plates: drawn head-on and evenly lit, lengths in mm
+
+GLYPHS = Path(__file__).with_name("assets") / "glyphs.png"
+CELL_W = 24  # pixels of one character in glyphs.png, which is 45 x 90 mm
+CELL_H = 48
+PLATE_HEIGHT = 140
+CHARACTER_TOP = 25
+RIM = 20  # so much of the car is drawn around every plate
+CANVAS_WIDTH = 480 + 2 * RIM  # fits the widest plate
+CANVAS_HEIGHT = PLATE_HEIGHT + 2 * RIM
+OWN_SHARE = 0.9  # of the plates have the characters of real plates, the others ordinary typefaces
+NO_PLATES = 0.5  # of the strings, see random_text
+HANDFUL = {"cpu": 16, "cuda": 64}  # plates at a time: few fit a CPU's cache, many fill a GPU
+
+
+@functools.lru_cache(maxsize=8)
 def load_glyphs(height, device="cpu"):
-    """glyphs.png as float32 (rows, len(ALPHABET), height, height / 2) in [0, 1], resized with antialiasing."""
-    sheet = np.array(Image.open(Path(__file__).with_name("glyphs.png")).convert("L"), dtype=np.float32) / 255
-    cells = sheet.reshape(-1, CELL_H, len(ALPHABET), CELL_W).transpose(0, 2, 1, 3)
-    cells = F.interpolate(torch.from_numpy(cells.copy()), (height, height // 2), mode="bilinear", antialias=True)
+    """The pictures of all characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1].
+
+    Raises ValueError if assets/glyphs.png is not there."""
+    if not GLYPHS.is_file():
+        raise ValueError(f"{GLYPHS}: not there; copy it beside data.py, drawing plates needs it")
+    with Image.open(GLYPHS) as image:
+        sheet = pil_to_tensor(image.convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
+    faces = sheet.shape[1] // CELL_H
+    cells = sheet.view(faces, CELL_H, len(ALPHABET), CELL_W).transpose(1, 2)
+    size = (height, height // 2)
+    cells = F.interpolate(cells, size, mode="bilinear", antialias=True)
     return cells.clamp(0, 1).to(device)
 
 
-def random_plates(n, generator, green=0.0, odd=0.0):
-    """n strings, a share `green` of them, the first, with the eight characters of green plates; every province equally often.
-
-    A share `odd`, the last, are no plates: provinces stand at half of all places, for practice."""
-    def pick(chars, k):
-        return [[chars[i] for i in row] for row in torch.randint(len(chars), (n, k), generator=generator, device=generator.device).tolist()]
-    plates = zip(pick(PROVINCES, 1), pick(LETTERS, 1), pick(DIGITS * 7 + LETTERS, 6))     # three digits to a letter, as on real ones
-    texts = ["".join(p + a + tail[:6 if k < green * n else 5]) for k, (p, a, tail) in enumerate(plates)]
-    strange = pick(PROVINCES + "." * len(PROVINCES), 6)
-    return [text if k < n - odd * n else text[0] + "".join(a if b == "." else b for a, b in zip(text[1:], strange[k]))
-            for k, text in enumerate(texts)]
-
-
-def paint(texts, glyphs, generator):
-    """Plates of one length, head on and evenly lit: float32 (B, 3, h, w) in [0, 1] with a rim of bumper around them.
-
-    Blue plates are 440 x 140 mm with 45 mm characters 12 mm apart, green ones 480 x 140 mm with 43 mm characters
-    9 mm apart, and a dot in the wider gap after the second character (GA 36-2018)."""
-    device, B, green = glyphs.device, len(texts), len(texts[0]) == 8
-    rand = lambda *shape: torch.rand(B, *shape, generator=generator, device=device)
-    one = lambda lo, hi: lo + (hi - lo) * torch.rand((), generator=generator, device=device).item()
-    mm = glyphs.shape[2] / 90                                   # pixels in a millimetre
-    width, gap, dot_gap, rim = (480, 9, 49, 20) if green else (440, 12, 34, 20)
-    px = lambda v: round((v + rim) * mm)
-    # the bumper: a colour with blotches, soft or with hard edges that must not be read as strokes
-    blotches = F.interpolate(rand(1, 2, 14) - 0.5, (px(140 + rim), px(width + rim)), mode="bilinear" if one(0, 1) < 0.7 else "nearest")
-    canvas = (rand(1, 1, 1) + 0.5 * (rand(3, 1, 1) - 0.5)) * rand(1, 1, 1) + (0.3 + 0.7 * rand(1, 1, 1)) * blotches
-    plate = canvas[:, :, px(0):px(140), px(0):px(width)]
-    if green:
-        ground = torch.tensor([0.1, 0.6, 0.35], device=device).view(3, 1, 1) + 0.25 * rand(3, 1, 1)
-        down = torch.linspace(1, 0, plate.shape[2], device=device).view(-1, 1) * rand(1, 1, 1).sqrt()
-        plate.copy_(ground + (0.9 - ground) * down)
-        ink = 0.2 * rand(3, 1, 1)
-    else:
-        dark, more = torch.tensor([[0.05, 0.1, 0.4], [0.3, 0.4, 0.6]], device=device).view(2, 3, 1, 1)
-        plate.copy_(dark + more * rand(3, 1, 1))
-        ink = 0.75 + 0.25 * rand(1, 1, 1) + 0.1 * (rand(3, 1, 1) - 0.5)
-
-    def stamp(mask, x, y, colour):                              # lay `mask` with its upper left corner at x, y mm
-        h, w = mask.shape[-2:]
-        part = canvas[:, :, px(y):px(y) + h, px(x):px(x) + w]
-        part.lerp_(colour.expand_as(part), mask[..., :part.shape[2], :part.shape[3]])
-
-    # the thin border, fainter on some
-    edge, line = one(3, 6), max(1, round(one(2, 5.5) * mm))
-    border, strength = plate[:, :, round(edge * mm):-round(edge * mm), round(edge * mm):-round(edge * mm)], rand(1, 1, 1) ** 0.25
-    for side in (border[:, :, :line], border[:, :, -line:], border[..., :line], border[..., -line:]):
-        side.lerp_(ink.expand_as(side), strength)
-
-    # one typeface for the province and one for the rest: the plate's own strokes, which are the first rows, mostly
-    faces = [(torch.where(rand() < share, OWN_ROWS, len(glyphs)) * rand()).long() for share in (0.6, 0.8)]
-    codes = torch.tensor([[ALPHABET.index(c) for c in text] for text in texts], device=device)
-    x = 15.5
-    for k in range(codes.shape[1]):
-        face = torch.where(codes[:, k] < len(DIGITS + LETTERS), faces[1], faces[0])
-        mask = glyphs[face, codes[:, k]].unsqueeze(1)           # (B, 1, h, w)
-        wide = 43 if green and k else 45
-        if wide == 43:
-            mask = F.interpolate(mask, (mask.shape[2], round(43 * mm)), mode="bilinear", antialias=True)
-        stamp(mask, x + one(-1.5, 1.5), 25 + one(-1.5, 1.5), ink)
-        x += wide + (dot_gap if k == 1 else gap)
-        if k == 1:
-            disc = torch.ones(1, 1, max(2, round(10 * mm)), max(2, round(10 * mm)), device=device)
-            stamp(disc * rand(1, 1, 1), x - dot_gap / 2 - 5, 65, ink)
-    # screws and seals at the four holes
-    size = one(8, 16)
-    r = torch.linspace(-1, 1, max(3, round(size * mm)), device=device)
-    disc = (1.3 - r.square() - r.square().view(-1, 1)).clamp(0, 1)
-    for hx in (width / 4, width * 3 / 4):
-        for hy in (12, 128):
-            there = rand(1, 1, 1) < 0.4
-            x, y = hx - size / 2 + one(-8, 8), hy - size / 2 + one(-5, 5)
-            stamp(disc * there, x, y, rand(1, 1, 1) * (1 - 0.4 * rand(3, 1, 1)))
-    return canvas
-
-
-def camera(images, size, generator, strength=1.0, rim=0.0):
-    """Photograph `images` anew: uint8 (B, 3, h, w) or float32 in [0, 1] to uint8 (B, 3, *size).
-
-    In the order of a real camera: the plate hangs askew and is cut out by the box around it, light falls on it,
-    lens and motion blur it, few and noisy pixels record it. strength 1 is for drawings; about 0.5 suits crops that
-    went through a camera already. rim: the share of the image's width and height that is margin on every side,
-    as (x, y)."""
-    B, H, W, device = len(images), *size, images.device
-    rand = lambda *shape: torch.rand(B, *shape, generator=generator, device=device)
-    randn = lambda *shape: torch.randn(B, *shape, generator=generator, device=device)
-    images = images / 255 if images.dtype == torch.uint8 else images
-
-    # where the four corners of the plate come to lie in the crop, both as [-1, 1]
-    square = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]], device=device)
-    tilt, shear = 0.3 * strength * randn(1), 0.06 * strength * randn(1)
-    quad = square + torch.stack((shear * square[:, 1], tilt * square[:, 0]), 2) + 0.04 * strength * randn(4, 2)
-    low, high = quad.amin(1, keepdim=True), quad.amax(1, keepdim=True)
-    quad = (2 * quad - low - high) / (high - low)               # its bounding box fills the crop ...
-    loose, tight = torch.tensor([-0.05, -0.1], device=device), torch.tensor([0.1, 0.45], device=device)
-    quad = quad * (1 + strength * (loose + (tight - loose) * rand(1, 2))) + strength * 0.04 * (randn(1, 2))
-    # ... and the homography from crop to picture follows from the corners (Hartley and Zisserman, 4.1)
-    target = (square * (1 - 2 * torch.as_tensor(rim, device=device))).expand(B, 4, 2)
-    (x, y), (u, v) = quad.unbind(2), target.unbind(2)
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    rows = torch.cat((torch.stack((x, y, one, zero, zero, zero, -u * x, -u * y), 2),
-                      torch.stack((zero, zero, zero, x, y, one, -v * x, -v * y), 2)), 1)
-    matrix = torch.cat((torch.linalg.solve(rows, torch.cat((u, v), 1)), one[:, :1]), 1).view(B, 3, 3)
-    middles = [(torch.arange(n, device=device) * 2 + 1) / n - 1 for n in (H, W)]         # of the pixels
-    ys, xs = torch.meshgrid(*middles, indexing="ij")
-    points = torch.einsum("hwk,bjk->bhwj", torch.stack((xs, ys, torch.ones_like(xs)), 2), matrix)
-    grid = points[..., :2] / points[..., 2:].clamp(min=0.1)
-    # every stroke a little out of place, so that no exact shape is learnt by heart
-    bend = torch.tensor([0.010, 0.025], device=device).view(2, 1, 1) * randn(2, 6, 20) * rand(1, 1, 1)
-    grid = grid + strength * F.interpolate(bend, (H, W), mode="bilinear").permute(0, 2, 3, 1)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-    # light: its strength and colour, a slope across the plate, haze, a glare
-    gain = (strength * (0.45 * randn(1, 1, 1) + 0.25 * randn(3, 1, 1))).exp()
-    grey = strength * rand(1, 1) ** 2                           # some cameras see little colour, all see it their own way
-    mix = (1 - grey) * torch.eye(3, device=device) + grey / 3 + 0.15 * strength * randn(3, 3)
-    images = (mix @ images.flatten(2)).view(B, 3, H, W)
-    slope = strength * 0.3 * (randn(1, 1, 1) * xs + randn(1, 1, 1) * ys)
-    spot = ((xs - 2 * rand(1, 1, 1) + 1) * (1 + 2 * rand(1, 1, 1))).square() + (ys - 2 * rand(1, 1, 1) + 1).square()
-    glare = (strength * 1.2 * rand(1, 1, 1) - 0.6).clamp(min=0) * (-2 * spot).exp()
-    images = images * gain * (1 + slope).clamp(min=0.2) + glare
-    haze = 0.5 * strength * rand(1, 1, 1) ** 4
-    images = images.lerp(rand(3, 1, 1).expand_as(images), haze).clamp(0, 1)
-
-    # blur, wider along one axis when something moved, and sharpening
-    reach = torch.arange(-3, 4, device=device)
-    sharp = strength * rand(1) ** 2                             # phones sharpen what they blurred, with a dark rim
-    halo = (reach == 0).float() - torch.softmax(-reach ** 2 / 3, 0)
-    for axis in (2, 3):
-        sigma = 0.15 + strength * (H / 32) * (0.7 * rand(1) ** 3 + 1.2 * rand(1) ** 10)
-        kernel = torch.softmax(-reach ** 2 / (2 * sigma ** 2), 1) + sharp * halo
-        kernel = kernel.repeat_interleave(3, 0)
-        kernel, pad = (kernel.view(-1, 1, 7, 1), (0, 0, 3, 3)) if axis == 2 else (kernel.view(-1, 1, 1, 7), (3, 3, 0, 0))
-        images = F.conv2d(F.pad(images, pad, mode="replicate").flatten(0, 1).unsqueeze(0), kernel, groups=3 * B).view(B, 3, H, W)
-
-    # few pixels, with noise
-    few = 1 - strength * 0.55 * torch.rand(2, generator=generator, device=device) ** 3
-    noise = 0.04 * strength * rand(1, 1, 1) ** 3
-    small = F.interpolate(images, (round(H * few[0].item()), round(W * few[1].item())), mode="bilinear", antialias=True)
-    small = small + noise * torch.randn(3, *small.shape[2:], generator=generator, device=device)
-    images = F.interpolate(small, (H, W), mode="bilinear")
-    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-
 def glyph_height(size):
-    """The glyph height in pixels that plates of `size` are painted with: a little finer than the picture of them."""
+    """The height in pixels of drawn characters: the drawing is finer than the picture of it."""
     return round(1.25 * size[0])
 
 
-def draw_plates(n, size, generator, glyphs, green=0.0, odd=0.0):
-    """n photographs of plates that do not exist: uint8 (n, 3, *size) and their n strings, all drawn from `generator`.
+def random_text(plate_type, rng):
+    """A random string of one of the type's patterns; every province is equally likely.
 
-    glyphs: load_glyphs(glyph_height(size), generator.device)."""
-    texts, images = random_plates(n, generator, green, odd), []
-    for k in range(0, n, 16):                       # each handful has a resolution of its own
-        for length in (8, 7):                      # the order random_plates has them in
-            some = [t for t in texts[k:k + 16] if len(t) == length]
-            if some:
-                canvas = paint(some, glyphs, generator)
-                images.append(camera(canvas, size, generator, rim=(20 / (480 if length == 7 else 520), 20 / 180)))
-    return torch.cat(images), texts
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Tools
+    Half of the strings are no plates: they hold provinces in all places. It is practice for
+    the 31 characters that are hardest to tell apart, and otherwise stand once a plate."""
+    text = [rng.numbers.choice(chars) for chars in rng.numbers.choice(plate_type.patterns)]
+    if rng.happens(NO_PLATES):
+        for k in range(1, len(text)):
+            if rng.happens(0.5):
+                text[k] = rng.numbers.choice(PROVINCES)
+    return "".join(text)
 
 
-def audit(folder, report=None):
-    """Print what `folder` holds and what is wrong with it, all offenders into the JSON file `report`. Returns whether every
-    name holds a label and every image can be read."""
-    def look(path):
-        try:
-            return open_image(path).size, hashlib.blake2b(path.read_bytes()).digest()
-        except ValueError as error:
-            return None, str(error)
+def stamp(plate, mask, x, y, colour, mm):
+    """Paint `colour` through a mask in [0, 1], its upper left corner at (x, y) mm."""
+    left = max(0, round(x * mm))
+    top = max(0, round(y * mm))
+    part = plate[:, :, top : top + mask.shape[-2], left : left + mask.shape[-1]]
+    height, width = part.shape[2:]  # the mask may reach over the edge
+    part.lerp_(colour.expand_as(part), mask[..., :height, :width])
 
-    paths = list_images(folder)
-    with ThreadPoolExecutor() as pool:
-        looks = list(progress(pool.map(look, paths), len(paths), "image"))
-    labels, texts, sizes = [parse_label(path) for path in paths], {}, [size for size, _ in looks if size]
-    for path, (text, _) in zip(paths, labels):
-        if text:
-            texts.setdefault(path.relative_to(folder).parts[0] if path.parent != Path(folder) else ".", []).append(text)
-    first = {digest: path for path, (_, digest) in zip(reversed(paths), reversed(looks))}
-    found = {"names without a label": [shown(path) for path, (text, _) in zip(paths, labels) if not text],
-             "unreadable images": [why for size, why in looks if not size],
-             "labels with O or I": [shown(path) for path, (_, repaired) in zip(paths, labels) if repaired],
-             "copies": [f"{shown(path)} is {shown(first[digest])}" for path, (size, digest) in zip(paths, looks)
-                        if size and first[digest] != path],
-             "plates in train and test": sorted(set(texts.get("train", ())) & set(texts.get("test", ())))}
 
-    everything = [text for some in texts.values() for text in some]
-    chars, provinces = Counter("".join(everything)), Counter(text[0] for text in everything)
-    facts = {f"images in {split}": {"images": len(some), "plates": len(set(some))} for split, some in sorted(texts.items())}
-    facts |= {"lengths": dict(sorted(Counter(map(len, everything)).items())), "characters": dict(sorted(chars.items())),
-              "never seen": {c: 0 for c in ALPHABET if c not in chars},
-              "provinces": {p: f"{n / len(everything):.1%}" for p, n in provinces.most_common()}}
-    for name, side in (("widths", 0), ("heights", 1)):
-        facts[name] = {f.__name__: int(f([size[side] for size in sizes])) for f in (min, np.median, max) if sizes}
-    for name, fact in facts.items():
-        print(f"{name:26} " + "  ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in fact.items()))
-    for name, some in found.items():
-        print(f"{name:26} {len(some):,}", *some[:3], sep="\n" + " " * 27)
-    if report:
-        Path(report).write_text(json.dumps(facts | found, ensure_ascii=False, indent=1), "utf8")
-    return not found["names without a label"] and not found["unreadable images"]
+def draw_surroundings(count, mm, rng):
+    """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
+    size = (round(CANVAS_HEIGHT * mm), round(CANVAS_WIDTH * mm))
+    mode = "bilinear" if rng.happens(0.7) else "nearest"
+    blotches = F.interpolate(rng.rand(count, 1, 2, 14) - 0.5, size, mode=mode)
+    grey, brightness, contrast = rng.rand(3, count, 1, 1, 1)
+    colour = grey + 0.5 * (rng.rand(count, 3, 1, 1) - 0.5)
+    return colour * brightness + (0.3 + 0.7 * contrast) * blotches
+
+
+def draw_background(plate, plate_type, rng):
+    """Paint the whole plate (B, 3, h, w) in its colour; a green plate turns white at the top."""
+    count, _, height, _ = plate.shape
+    darkest, brightest = on_device(plate_type.ground, rng.device).view(2, 3, 1, 1)
+    ground = darkest + (brightest - darkest) * rng.rand(count, 3, 1, 1)
+    down = torch.linspace(1, 0, height, device=rng.device).view(-1, 1)
+    fade = plate_type.fade * rng.rand(count, 1, 1, 1).sqrt() * down
+    plate.copy_(ground + (0.9 - ground) * fade)
+
+
+def draw_border(plate, ink, mm, rng):
+    """The thin line along the edge, fainter on some plates."""
+    edge = rng.numbers.uniform(3, 6)
+    line = max(1, round(rng.numbers.uniform(2, 5.5) * mm))
+    height, width = plate.shape[2:]
+    inset = 2 * round(edge * mm)
+    frame = torch.ones(height - inset, width - inset, device=rng.device)
+    frame[line:-line, line:-line] = 0
+    strength = rng.rand(len(plate), 1, 1, 1) ** 0.25
+    stamp(plate, frame * strength, edge, edge, ink, mm)
+
+
+def choose_faces(plate_type, count, faces, rng):
+    """A typeface for each plate, int64 (count, 1): mostly the plate's own, else an ordinary one."""
+    chosen = []
+    for _ in range(count):
+        rows = plate_type.faces if rng.happens(OWN_SHARE) else range(OTHER_FACES, faces)
+        chosen.append([rng.numbers.choice(rows)])
+    return on_device(chosen, rng.device, torch.int64)
+
+
+def draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng):
+    """Stamp every character at its place, and the dot behind the second one."""
+    codes = [[ALPHABET.index(char) for char in text] for text in texts]
+    codes = on_device(codes, rng.device, torch.int64)  # (B, length)
+    face = choose_faces(plate_type, len(texts), len(glyphs), rng)  # (B, 1)
+    masks = glyphs[face, codes]  # (B, length, h, w)
+    for place, (x, width) in enumerate(plate_type.boxes):
+        size = (masks.shape[2], round(width * mm))
+        mask = F.interpolate(masks[:, place : place + 1], size, mode="bilinear", antialias=True)
+        # no two plates are pressed alike
+        x = x + rng.numbers.uniform(-1.5, 1.5)
+        y = CHARACTER_TOP + rng.numbers.uniform(-1.5, 1.5)
+        stamp(plate, mask, x, y, ink, mm)
+    gap_start = sum(plate_type.boxes[1])
+    gap_end = plate_type.boxes[2][0]
+    side = max(2, round(10 * mm))
+    dot = rng.rand(len(texts), 1, 1, 1).expand(-1, -1, side, side)
+    stamp(plate, dot, (gap_start + gap_end) / 2 - 5, 65, ink, mm)
+
+
+def draw_screws(plate, plate_type, mm, rng):
+    """Screws or seals in some of the four holes; they may cover a part of a character."""
+    size = rng.numbers.uniform(8, 16)
+    radius = torch.linspace(-1, 1, max(3, round(size * mm)), device=rng.device)
+    disc = (1.3 - radius.square() - radius.square().view(-1, 1)).clamp(0, 1)
+    for hole_x, hole_y in itertools.product(
+        (0.25 * plate_type.width, 0.75 * plate_type.width), (12, 128)
+    ):
+        chance, brightness = rng.rand(2, len(plate), 1, 1, 1)
+        x = hole_x - size / 2 + rng.numbers.uniform(-8, 8)
+        y = hole_y - size / 2 + rng.numbers.uniform(-5, 5)
+        colour = brightness * (1 - 0.4 * rng.rand(len(plate), 3, 1, 1))
+        stamp(plate, disc * (chance < 0.4), x, y, colour, mm)
+
+
+def paint(plate_type, texts, glyphs, rng):
+    """Plates of one type with a rim of car around them: float32 (B, 3, h, w) in [0, 1].
+
+    The picture shows CANVAS_WIDTH x CANVAS_HEIGHT mm, whatever the type."""
+    mm = glyphs.shape[2] / 90  # pixels in a millimetre
+    canvas = draw_surroundings(len(texts), mm, rng)
+    left = round((CANVAS_WIDTH - plate_type.width) / 2 * mm)
+    top = round(RIM * mm)
+    right = left + round(plate_type.width * mm)
+    bottom = top + round(PLATE_HEIGHT * mm)
+    plate = canvas[:, :, top:bottom, left:right]  # a view: what is drawn on it is on the canvas
+    darkest, brightest = plate_type.ink
+    ink = darkest + (brightest - darkest) * rng.rand(len(texts), 1, 1, 1)
+    ink = ink + 0.1 * (rng.rand(len(texts), 3, 1, 1) - 0.5)
+    draw_background(plate, plate_type, rng)
+    draw_border(plate, ink, mm, rng)
+    draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng)
+    draw_screws(plate, plate_type, mm, rng)
+    return canvas
+
+
+def draw_plates(count, size, rng, glyphs):
+    """Pictures of `count` plates that do not exist: uint8 (count, 3, *size), and their strings.
+
+    glyphs: load_glyphs(glyph_height(size), rng.device)."""
+    shares = [plate_type.share for plate_type in PLATE_TYPES]
+    counts = Counter(rng.numbers.choices(PLATE_TYPES, shares, k=count))
+    texts = []
+    canvases = []
+    extents = []
+    for plate_type, number in counts.items():
+        new_texts = [random_text(plate_type, rng) for _ in range(number)]
+        texts += new_texts
+        canvases.append(paint(plate_type, new_texts, glyphs, rng))
+        extents += [(plate_type.width / CANVAS_WIDTH, PLATE_HEIGHT / CANVAS_HEIGHT)] * number
+    canvases = torch.cat(canvases)
+    extents = on_device(extents, rng.device)
+    handful = HANDFUL[rng.device.type]
+    pairs = zip(canvases.split(handful), extents.split(handful))
+    return torch.cat([camera(canvas, size, rng, 1.0, extent) for canvas, extent in pairs]), texts
+
+
+def synthetic_batches(count, seed, size, batch_size=250):
+    """Yield `count` synthetic plates as batches (images, texts); the same for the same seed."""
+    rng = RandomNumbers(seed)
+    glyphs = load_glyphs(glyph_height(size))
+    for numbers in in_batches(range(count), batch_size):
+        yield draw_plates(len(numbers), size, rng, glyphs)
+
+
+# ---------------------------------------------------------------------------------------
+# The simulated camera, which photographs synthetic plates and augments real crops
+
+CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
+CORNERS = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))  # of a picture, by rows
+
+
+def random_corners(count, rng, strength):
+    """Where the corners of the crop lie on the plate, (B, 4, 2), the plate being [-1, 1] both ways.
+
+    The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so."""
+    x, y = on_device(CORNERS, rng.device).unbind(1)  # (4,)
+    tilt, shear = strength * rng.randn(2, count, 1)  # (B, 1)
+    tilt = 0.3 * tilt
+    shear = 0.06 * shear
+    # in the photograph x is x + shear * y, and y is y + tilt * x; the box grows with both
+    box_x = x * (1 + shear.abs())
+    box_y = y * (1 + tilt.abs())
+    area = 1 - shear * tilt
+    on_plate = torch.stack((box_x - shear * box_y, box_y - tilt * box_x), 2) / area.unsqueeze(2)
+    # from 5% (in height 10%) more than the plate to 10% (45%) less
+    loosest = on_device((-0.05, -0.10), rng.device)
+    tightest = on_device((0.10, 0.45), rng.device)
+    zoom = 1 + strength * (loosest + (tightest - loosest) * rng.rand(count, 1, 2))
+    moved = 0.04 * strength * (rng.randn(count, 1, 2) + rng.randn(count, 4, 2))
+    return on_plate / zoom + moved
+
+
+def warp(images, size, rng, strength, extent):
+    """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size)."""
+    count = len(images)
+    corners = random_corners(count, rng, strength) * extent.unsqueeze(1)  # (B, 4, 2)
+    corners = corners.transpose(1, 2).view(count, 2, 2, 2)  # x and y of each, above and below
+    grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
+    # every stroke is a little out of place, so that no exact shape is learnt by heart
+    bend = rng.randn(count, 2, 6, 20) * rng.rand(count, 1, 1, 1)
+    bend = bend * on_device((0.010, 0.025), rng.device).view(2, 1, 1)
+    grid = grid + strength * F.interpolate(bend, size, mode="bilinear")
+    grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def relight(images, rng, strength):
+    """Light and colour: exposure, the camera's own colours, a slope of light, glare and haze."""
+    count, _, height, width = images.shape
+    exposure, slope_x, slope_y = rng.randn(3, count, 1, 1, 1)
+    glare, spot_x, spot_y, haze, greyness = rng.rand(5, count, 1, 1, 1)
+    tint = rng.randn(count, 3, 1, 1)
+    images = images * (strength * (0.45 * exposure + 0.25 * tint)).exp()
+    # all cameras see colour in their own way, and a few see little of it
+    greyness = strength * greyness.squeeze(3) ** 2
+    mix = (1 - greyness) * torch.eye(3, device=rng.device) + greyness / 3
+    mix = mix + 0.15 * strength * rng.randn(count, 3, 3)
+    images = (mix @ images.flatten(2)).view_as(images)
+    x = torch.linspace(-1, 1, width, device=rng.device)
+    y = torch.linspace(-1, 1, height, device=rng.device).view(-1, 1)
+    slope = 1 + 0.3 * strength * (slope_x * x + slope_y * y)
+    distance = (2 * (x + 1 - 2 * spot_x)) ** 2 + (y + 1 - 2 * spot_y) ** 2
+    glare = (1.2 * strength * glare - 0.6).clamp(min=0)  # none on most
+    images = images * slope.clamp(min=0.2) + glare * (-2 * distance).exp()
+    haze_colour = rng.rand(count, 3, 1, 1).expand_as(images)
+    return images.lerp(haze_colour, 0.5 * strength * haze**4).clamp(0, 1)
+
+
+def blur(images, rng, strength):
+    """Lens and movement blur each axis by itself; then the camera sharpens, which leaves halos."""
+    reach = torch.arange(-3, 4, device=rng.device)
+    halo = (reach == 0).float() - torch.softmax(-(reach**2) / 3, 0)
+    halo = halo * strength * rng.numbers.random() ** 2
+    for axis, padding in ((2, (0, 0, 3, 3)), (3, (3, 3, 0, 0))):
+        defocus = 0.7 * rng.numbers.random() ** 3
+        movement = 1.2 * rng.numbers.random() ** 10
+        sigma = 0.15 + strength * images.shape[2] / 32 * (defocus + movement)
+        kernel = torch.softmax(-(reach**2) / (2 * sigma**2), 0) + halo  # (7,)
+        shape = [3, 1, 1, 1]
+        shape[axis] = 7
+        kernel = kernel.repeat(3).view(shape)  # one for each channel
+        padded = F.pad(images, padding, mode="replicate")
+        images = F.conv2d(padded, kernel, groups=3)
+    return images
+
+
+def compress(images, rng):
+    """JPEG at a random quality. Float (B, 3, h, w) in [0, 1]."""
+    pixels = (images.clamp(0, 1) * 255).to("cpu", torch.uint8)
+    quality = rng.numbers.randint(35, 95)
+    pixels = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in pixels])
+    return pixels.to(images.device, non_blocking=True) / 255
+
+
+def camera(images, size, rng, strength=1.0, extent=None):
+    """Photograph `images`: (B, 3, h, w), uint8 or float32 in [0, 1], to uint8 (B, 3, *size).
+
+    strength: 1 for synthetic plates, CROP_STRENGTH for crops. extent: (B, 2), the share of the
+    picture's width and height that the plate takes; without it, all. The order is that of a real
+    camera: the view, the light, the lens, the sensor, the file. Images of a handful share the
+    lens, the sensor and the file."""
+    if images.dtype == torch.uint8:
+        images = images / 255
+    if extent is None:
+        extent = torch.ones(len(images), 2, device=images.device)
+    # each side has fewer pixels by itself; then the network's input size is an enlargement
+    fewer = [0.55 * strength * rng.numbers.random() ** 2 for _ in size]
+    sensor = [round(side * (1 - share)) for side, share in zip(size, fewer)]
+    # some programs shrink a picture without smoothing it first, which leaves jagged strokes
+    is_smooth = rng.happens(0.5)
+    images = warp(images, size if is_smooth else sensor, rng, strength, extent)
+    images = relight(images, rng, strength)
+    images = blur(images, rng, strength)
+    if is_smooth:
+        images = F.interpolate(images, sensor, mode="bilinear", antialias=True)
+    noise = 0.05 * strength * rng.rand(len(images), 1, 1, 1) ** 3
+    images = images + noise * rng.randn(*images.shape)
+    if rng.happens(0.6 * strength):
+        images = compress(images, rng)
+    images = F.interpolate(images, size, mode="bilinear")
+    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------
+# Pictures with captions
+
+
+@functools.lru_cache(maxsize=1000)
+def character_picture(char, height):
+    """One character, white on black: float32 (height, height / 2) in [0, 1]."""
+    if char in ALPHABET:
+        return load_glyphs(height)[0, ALPHABET.index(char)]
+    cell = Image.new("L", (height // 2, height))
+    font = ImageFont.load_default(height * 3 // 4)
+    ImageDraw.Draw(cell).text((height // 4, height // 2), char, 255, font, anchor="mm")
+    return pil_to_tensor(cell)[0] / 255
 
 
 def text_picture(text, height, colours=None):
-    """`text` drawn with glyphs.png, no font needed: uint8 (3, height, w), black on white or in one (r, g, b) a character."""
-    row = F.pad(load_glyphs(height)[0], (1, 1))                 # the plate's own shapes
-    cells = [row[ALPHABET.index(c)] if c in ALPHABET else torch.zeros_like(row[0]) for c in text or " "]
-    colours = colours or [(0, 0, 0)] * len(cells)
-    return torch.cat([255 - cell * (255 - torch.tensor(colour).view(3, 1, 1)) for cell, colour in zip(cells, colours)], 2).to(torch.uint8)
+    """`text` on white: uint8 (3, height, w). colours: one RGB colour in [0, 255] a character."""
+    cells = []
+    for char, colour in zip(text or " ", colours or itertools.repeat((0, 0, 0))):
+        cell = F.pad(character_picture(char, height), (1, 1))
+        cells.append(255 - cell * (255 - torch.tensor(colour).view(3, 1, 1)))
+    return torch.cat(cells, 2).to(torch.uint8)
 
 
-def captioned(image, captions):
-    """uint8 (3, h, w) with pictures of text, no wider than it, centred one below another under it."""
-    rows = [F.pad(c, ((image.shape[2] - c.shape[2]) // 2, -(-(image.shape[2] - c.shape[2]) // 2), 3, 0), value=255) for c in captions]
-    return torch.cat([image, *rows], 1)
+def add_captions(image, captions):
+    """A picture uint8 (3, h, w) with narrower ones centred below it, each under the other."""
+    rows = [image]
+    for caption in captions:
+        spare = image.shape[2] - caption.shape[2]
+        rows.append(F.pad(caption, (spare // 2, spare - spare // 2, 3, 0), value=255))
+    return torch.cat(rows, 1)
 
 
 def save_sheet(pictures, out, columns=4):
-    """Write uint8 (3, h, w) pictures of one size as one image file, in rows."""
-    save_image([picture / 255 for picture in pictures], out, nrow=columns, padding=4, pad_value=1)
+    """Write pictures uint8 (3, h, w) of one size as one image file, in rows."""
+    pictures = [picture / 255 for picture in pictures]
+    save_image(pictures, out, nrow=columns, padding=4, pad_value=1)
 
 
-def show(folder, out, augmented=False, count=24, size=(48, 192)):
-    """Write a sheet of samples of a folder, or of drawn plates where that is "drawn", each with its label under it."""
-    generator = torch.Generator().manual_seed(0)
-    if folder == "drawn":
-        images, texts = draw_plates(count, size, generator, load_glyphs(glyph_height(size)))
+# ---------------------------------------------------------------------------------------
+# Tools
+
+
+def positive_int(text):
+    """An argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    return int(text)
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Every script runs in this: a user's mistake ends it with one sentence, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Jupyter's has no such method, and no need of it
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {printable(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def show_progress(items, total, unit):
+    """Pass `items` on; on a terminal, stderr shows how many are done and the time left."""
+    start = time.time()
+    for k, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty() and (k % 50 == 0 or k == total):
+            left = (time.time() - start) / k * (total - k)
+            end = "\n" if k == total else ""
+            line = f"\r{unit} {k:,}/{total:,}, {left:.0f} s left "
+            print(line, end=end, file=sys.stderr, flush=True)
+
+
+def look_at_file(path):
+    """((width, height), hash) of an image file, or (None, why it cannot be read)."""
+    try:
+        size = open_image(path).size
+    except ValueError as error:
+        return None, str(error)
+    return size, hashlib.blake2b(path.read_bytes()).digest()
+
+
+def describe_images(texts, sizes, alphabet):
+    """The statistics of audit: a dict of dicts, for printing and for JSON."""
+    chars = Counter("".join(texts))
+    widths, heights = np.array(sizes or [(0, 0)]).T
+    facts = {
+        "lengths": Counter(sorted(map(len, texts))),
+        "characters": dict(sorted(chars.items())),
+        "never seen": {char: 0 for char in alphabet if char not in chars},
+        "first characters": dict(Counter(text[0] for text in texts).most_common()),
+    }
+    for name, side in (("widths", widths), ("heights", heights)):
+        quartiles = np.percentile(side, [0, 50, 100]).astype(int).tolist()
+        facts[name] = dict(zip(("min", "median", "max"), quartiles))
+    return facts
+
+
+def sort_files(folder, paths, looks, alphabet):
+    """(texts of each folder, problems of each kind): two dicts of lists, for audit."""
+    texts_of = defaultdict(list)
+    problems = {
+        "names without a label": [],
+        "unreadable images": [],
+        "labels with O or I": [],
+        "copies": [],
+    }
+    first = {}  # the first file with this content
+    for path, (size, digest) in zip(paths, looks):
+        name = printable(path)
+        text, repaired = parse_label(path, alphabet)
+        if text is None:
+            problems["names without a label"].append(name)
+        else:
+            texts_of[str(path.parent.relative_to(folder))].append(text)
+        if repaired:
+            problems["labels with O or I"].append(name)
+        if size is None:
+            problems["unreadable images"].append(digest)
+        elif first.setdefault(digest, name) != name:
+            problems["copies"].append(f"{name} is {first[digest]}")
+    both = set(texts_of.get("train", [])) & set(texts_of.get("test", []))
+    problems["plates in train and test"] = sorted(both)
+    return texts_of, problems
+
+
+def audit(folder, report=None, alphabet=ALPHABET):
+    """Print what a data set holds and what is wrong with it; `report` gets all of it as JSON.
+
+    Returns whether every name holds a label and every image can be read."""
+    paths = list_images(folder)
+    with ThreadPoolExecutor(count_cpus()) as pool:
+        looks = list(show_progress(pool.map(look_at_file, paths), len(paths), "image"))
+    texts_of, problems = sort_files(folder, paths, looks, alphabet)
+    facts = {}
+    for split, texts in sorted(texts_of.items()):
+        facts[f"images in {split}"] = {"images": len(texts), "plates": len(set(texts))}
+    all_texts = sum(texts_of.values(), [])
+    facts |= describe_images(all_texts, [size for size, _ in looks if size], alphabet)
+    for name, fact in facts.items():
+        print(f"{name:26} " + "  ".join(f"{key} {value}" for key, value in fact.items()))
+    for name, offenders in problems.items():
+        print(f"{name:26} {len(offenders):,}", *offenders[:3], sep="\n" + " " * 27)
+    if report:
+        Path(report).write_text(json.dumps(facts | problems, ensure_ascii=False, indent=1), "utf8")
+    return not problems["names without a label"] and not problems["unreadable images"]
+
+
+def show(folder, out, augmented=False, alphabet=ALPHABET):
+    """Write a sheet of 24 labelled samples of a folder, or of synthetic plates ("synthetic")."""
+    rng = RandomNumbers(0)
+    size = (48, 192)
+    if folder in ("synthetic", "drawn"):
+        images, texts = next(synthetic_batches(24, 0, size))
     else:
-        paths, texts = find_crops(folder)
-        chosen = torch.randperm(len(paths), generator=generator)[:count].tolist()
-        batch = next(loader(PlateDataset(paths, texts, size), [chosen]), None)
-        if not batch:
-            raise ValueError(f"{folder}: none of {len(chosen)} images in it can be read; check the files")
-        images, texts = batch
-        images = camera(images, size, generator, GENTLE) if augmented else images
-    save_sheet([captioned(image, [text_picture(text, 22)]) for image, text in zip(images, texts)], out)
+        paths, texts = find_crops(folder, alphabet)
+        chosen = rng.numbers.sample(range(len(paths)), min(24, len(paths)))
+        images, texts = next(load_batches(PlateDataset(paths, texts, size), [chosen], 1))
+        if not texts:
+            raise ValueError(f"{folder}: none of {len(chosen)} images can be read; check the files")
+        if augmented:
+            images = camera(images, size, rng, CROP_STRENGTH)
+    captions = [text_picture(text, 22) for text in texts]
+    pairs = zip(images, captions)
+    save_sheet([add_captions(image, [caption]) for image, caption in pairs], out)
 
 
-def render(out, count, seed=0, size=(80, 256)):
-    """Write `count` drawn plates as JPEG files, nine tenths to out/train and the rest to out/test."""
-    generator, glyphs = torch.Generator().manual_seed(seed), load_glyphs(glyph_height(size))
-    for split in ("train", "test"):
-        Path(out, split).mkdir(parents=True, exist_ok=True)
-    for k in progress(range(0, count, 64), -(-count // 64), "batch"):
-        images, texts = draw_plates(min(64, count - k), size, generator, glyphs)
-        for i, (image, text) in enumerate(zip(images, texts), k):
-            to_pil_image(image).save(Path(out, "test" if i % 10 == 9 else "train", f"{i:07}-{text}.jpg"), quality=90)
+def render(out, count, seed=0):
+    """Write synthetic plates as JPEG files: nine tenths to out/train, the rest to out/test."""
+    batches = synthetic_batches(count, seed, (80, 256), 64)
+    plates = (plate for batch in batches for plate in zip(*batch))
+    for number, (image, text) in enumerate(show_progress(plates, count, "plate")):
+        folder = Path(out, "test" if number % 10 == 9 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(folder / f"{number:07}-{text}.jpg", quality=90)
+
+
+# ---------------------------------------------------------------------------------------
+# Crops from the whole photographs of CCPD (github.com/detectRecog/CCPD)
+
+CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"
+CCPD_LETTERS = LETTERS + "O"  # O stands for no character
+CCPD_NUMBERS = LETTERS + DIGITS + "O"
+
+
+def parse_points(text):
+    """CCPD writes points as 154&383_386&473: a list of (x, y)."""
+    return [tuple(map(int, pair.split("&"))) for pair in text.split("_")]
 
 
 def parse_frame(path):
-    """A CCPD photograph's name to (box (x0, y0, x1, y1), four vertices (x, y) from the lower right on, plate).
+    """A CCPD photograph's file name: (box, corners, plate).
 
-    Raises ValueError where the name is none of CCPD's, or its plate holds characters that ALPHABET lacks (警, 学)."""
+    The name is area-tilt-box-corners-indices-brightness-blur. box is ((x0, y0), (x1, y1)); the
+    four corners (x, y) begin at the lower right and go on to the lower left. Raises ValueError."""
     try:
-        parts = Path(path).stem.split("-")[2:5]
-        box, vertices, indices = ([[int(n) for n in item.split("&")] for item in part.split("_")] for part in parts)
-        (x0, y0), (x1, y1) = box
-        tables = [CCPD_PROVINCES, LETTERS + "O"] + [LETTERS + DIGITS + "O"] * (len(indices) - 2)
-        plate = "".join(table[i] for table, (i,) in zip(tables, indices)).replace("O", "")      # O: no character
-        corners = [(x, y) for x, y in vertices]
+        _, _, box, corners, indices, _, _ = Path(path).stem.split("-")
+        (x0, y0), (x1, y1) = box = parse_points(box)
+        lower_right, lower_left, upper_left, upper_right = corners = parse_points(corners)
+        tables = [CCPD_PROVINCES, CCPD_LETTERS] + [CCPD_NUMBERS] * 6
+        plate = "".join(table[int(k)] for table, k in zip(tables, indices.split("_")))
+        plate = plate.replace("O", "")
     except (ValueError, IndexError):
-        raise ValueError("the name is not a CCPD photograph's") from None
-    if not PLATE.fullmatch(plate) or len(corners) != 4:
+        raise ValueError("the name is not that of a CCPD photograph") from None
+    if not PLATE.fullmatch(plate):
         raise ValueError("the plate holds characters outside the alphabet")
-    return (x0, y0, x1, y1), corners, plate
+    is_wide = x0 < x1 and lower_left[0] < lower_right[0] and upper_left[0] < upper_right[0]
+    is_high = y0 < y1 and upper_left[1] < lower_left[1] and upper_right[1] < lower_right[1]
+    if not (is_wide and is_high):
+        raise ValueError("the box or the corners in its name enclose no area")
+    return box, corners, plate
+
+
+def straighten(image, corners, margin):
+    """Pull the four corners to a rectangle: (image, box of the plate in it)."""
+    lower_right, lower_left, upper_left, upper_right = corners
+    width = round(max(math.dist(lower_left, lower_right), math.dist(upper_left, upper_right)))
+    height = round(max(math.dist(upper_left, lower_left), math.dist(upper_right, lower_right)))
+    x0 = round(margin * width)
+    y0 = round(margin * height)
+    x1 = x0 + width
+    y1 = y0 + height
+    image = perspective(image, corners, [(x1, y1), (x0, y1), (x0, y0), (x1, y0)])
+    return image, ((x0, y0), (x1, y1))
+
+
+def cut_frame(path, target_folder, rectify, margin):
+    """Cut the plate out of one photograph. Returns "cut" or "already there"; raises ValueError."""
+    box, corners, plate = parse_frame(path)
+    target = Path(target_folder, f"{path.stem}-{plate}.jpg")
+    if target.exists():
+        return "already there"
+    image = open_image(path)
+    if rectify:
+        image, box = straighten(image, corners, margin)
+    (x0, y0), (x1, y1) = box
+    if x0 < 0 or y0 < 0 or x1 > image.width or y1 > image.height:
+        raise ValueError("the box in its name lies outside the photograph")
+    margin_x = round(margin * (x1 - x0))
+    margin_y = round(margin * (y1 - y0))
+    left_top = (max(0, x0 - margin_x), max(0, y0 - margin_y))
+    right_bottom = (min(image.width, x1 + margin_x), min(image.height, y1 + margin_y))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".part")  # a run that is stopped leaves no half picture
+    image.crop(left_top + right_bottom).save(partial, "JPEG", quality=95)
+    partial.replace(target)
+    return "cut"
 
 
 def crop(frames, out, rectify=False, margin=0.0):
-    """Cut the plates out of CCPD photographs to out/.../FRAME-PLATE.jpg, files already there being kept: by the box in the
-    name, or with `rectify` the four vertices pulled straight. margin: a share of the plate's size added on every side."""
+    """Cut the plates out of all CCPD photographs below `frames`, to out/.../FRAME-PLATE.jpg.
+
+    Cuts along the box in the name, or with `rectify` pulls its four corners straight.
+    margin: a share of the plate's size that is added on every side."""
+    if not 0 <= margin <= 1:
+        raise ValueError(f"--margin {margin}: give a share of the plate's size, from 0 to 1")
+
     def cut(path):
         try:
-            (x0, y0, x1, y1), vertices, plate = parse_frame(path)
-            target = Path(out) / path.relative_to(frames).parent / f"{path.stem}-{plate}.jpg"
-            if target.exists():
-                return "already there"
-            image = open_image(path)
+            return cut_frame(path, Path(out, path.relative_to(frames).parent), rectify, margin)
         except ValueError as error:
-            return f"skipped, {str(error).removeprefix(f'{shown(path)}: ').split(' (')[0]}"
-        if rectify:
-            side = lambda a, b: math.dist(vertices[a], vertices[b])
-            x1, y1 = round(max(side(0, 1), side(2, 3))), round(max(side(0, 3), side(1, 2)))
-            x0, y0 = round(margin * x1), round(margin * y1)     # the plate's place in the picture pulled straight
-            image = perspective(image, vertices, [[x0 + x1, y0 + y1], [x0, y0 + y1], [x0, y0], [x0 + x1, y0]])
-            x1, y1 = x0 + x1, y0 + y1
-        mx, my = round(margin * (x1 - x0)), round(margin * (y1 - y0))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".part")
-        image = image.crop((max(0, x0 - mx), max(0, y0 - my), min(image.width, x1 + mx), min(image.height, y1 + my)))
-        image.save(partial, "JPEG", quality=95)
-        partial.replace(target)
-        return "cut"
+            print(f"warning: {printable(path)}: skipped, {error}", file=sys.stderr)
+            return "skipped"
 
     paths = list_images(frames)
-    with ThreadPoolExecutor() as pool:
-        counts = Counter(progress(pool.map(cut, paths), len(paths), "photograph"))
-    print(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in counts.most_common()))
+    with ThreadPoolExecutor(count_cpus()) as pool:
+        counts = Counter(show_progress(pool.map(cut, paths), len(paths), "photograph"))
+    print(f"{out}: " + ", ".join(f"{count:,} {result}" for result, count in counts.most_common()))
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = {}
+    for tool in (audit, show, render, crop):
+        command = commands.add_parser(tool.__name__, help=tool.__doc__.splitlines()[0])
+        command.set_defaults(tool=tool)
+        add[tool] = command.add_argument
+    for tool in (audit, show):
+        help_text = "the characters of the labels, or a file of them"
+        add[tool]("folder", help="a folder of crops; for show also the word synthetic")
+        add[tool]("--alphabet", type=read_alphabet, default=ALPHABET, help=help_text)
+    add[audit]("--json", dest="report", metavar="FILE", help="write all of it here")
+    add[show]("out", help="the picture to write")
+    add[show]("--augmented", action="store_true", help="as training sees them")
+    add[render]("out", help="the folder to write to")
+    add[render]("--count", type=positive_int, default=1000, help="(default: %(default)s)")
+    add[render]("--seed", type=int, default=0, help="(default: %(default)s)")
+    add[crop]("frames", help="the folder of photographs")
+    add[crop]("out", help="the folder to write to")
+    add[crop]("--rectify", action="store_true", help="pull the four corners straight")
+    add[crop]("--margin", type=float, default=0.0, help="a share added on every side")
+    return vars(parser.parse_args(argv))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(run, *arguments):
-        sub = commands.add_parser(run.__name__, help=re.split(r"[.:;]\s", run.__doc__)[0], description=run.__doc__)
-        sub.set_defaults(run=run)
-        for name, options in arguments:
-            sub.add_argument(name, **options)
-
-    flag = dict(action="store_true")
-    command(audit, ("folder", {}), ("--json", dict(dest="report", metavar="FILE")))
-    command(show, ("folder", {}), ("out", {}), ("--augmented", flag))
-    command(render, ("out", {}), ("--count", dict(type=int, default=1000)), ("--seed", dict(type=int, default=0)))
-    command(crop, ("frames", {}), ("out", {}), ("--rectify", flag), ("--margin", dict(type=float, default=0.0)))
-    command(glyphs, ("fonts", dict(nargs="+")), ("--out", dict(default="glyphs.png")))
-    arguments = vars(parser.parse_args(argv))
-    sys.stdout.reconfigure(encoding="utf8", errors="replace")
-    try:
-        sys.exit(arguments.pop("run")(**arguments) is False)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {shown(error)}")
+    arguments = parse_arguments(argv)
+    tool = arguments.pop("tool")
+    with plain_errors():
+        is_clean = tool(**arguments)
+        if is_clean is False:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     main()

@@ -1,19 +1,23 @@
-"""The CRNN: convolutions read columns of the image, a recurrent layer reads the columns in order, CTC makes text of it.
+"""The CRNN: convolutions read columns of an image, a recurrent layer reads the columns in order,
+and CTC makes text of it.
 
-    model = CRNN(alphabet)                           # preset "small": 32 x 128, 32 time steps
-    logits = model(images)                           # uint8 (B, 3, 32, 128) -> float (32, B, len(alphabet) + 1)
+    network = CRNN(alphabet)                         # 32 x 128 pixels, 32 time steps
+    logits = network(images)                         # uint8 (B, 3, 32, 128) to (32, B, C)
     texts = greedy_decode(logits, alphabet)          # ["皖AX511H", ...]
-    model, info = load_checkpoint("ckpt.pth")
+    network, info = load_checkpoint("ckpt.pth")
 
-Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2006, for CTC. This file imports no
-other of ours: copy it anywhere.
+B is the number of images, T the number of time steps, C = len(alphabet) + 1 the number of classes.
+Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2006, for CTC.
+
+Copy this file into any project; it imports no other of ours.
 """
-import contextlib
-import ctypes
+
+import functools
+import io
+import itertools
 import os
-import pickle
-import platform
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -21,345 +25,516 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-BLANK = 0                                           # CTC's "no new character"; character k of the alphabet is k + 1
-SIZES = {"small": (32, 128), "notebook": (96, 448)}
-CACHED = 350_000                                    # pixels of images whose activations stay in a CPU's cache
-MULTIPLES = {"small": (16, 4), "notebook": (32, 32)}
+BLANK = 0  # CTC's class for "no new character"; character k of the alphabet is class k + 1
+
+# ---------------------------------------------------------------------------------------
+# The networks
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch-norm, optional 2 x 2 max-pool, relu. Pooling before relu gives the same on a quarter of the work."""
+    """Convolution, batch-norm, max-pool if asked, relu.
+
+    Relu after the pool gives the same numbers as before it, on a quarter of the pixels."""
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, padding=1, pool=False):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(c_out)
-        self.pool = pool
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
     def forward(self, x):
-        x = self.norm(self.conv(x))
-        return F.relu(F.max_pool2d(x, 2) if self.pool else x, inplace=True)
+        x = self.norm(self.conv(x))  # (B, c_out, H', W'), smaller by the stride
+        x = self.pool(x)  # (B, c_out, H' / 2, W' / 2) if it pools
+        return F.relu(x, inplace=True)  # in place: training keeps one copy less in memory
+
+
+RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
+def check_size(size, rows, columns):
+    """Raise ValueError unless the convolutions can halve a picture of this (height, width)."""
+    height, width = size
+    fits = height in range(rows, 513, rows) and width in range(4 * columns, 2049, columns)
+    if not fits:
+        raise ValueError(
+            f"--size {height} {width}: this network takes multiples of {rows} x {columns}, "
+            f"from {rows} x {4 * columns} to 512 x 2048"
+        )
+
+
+def run_recurrent(layer, x):
+    """The outputs (T, B, hidden) of a recurrent layer for x (T, B, features)."""
+    if not x.is_cuda:
+        return layer(x)[0]
+    # under autocast cuDNN would compute in float16, where small gradients become zero
+    with torch.autocast("cuda", enabled=False):
+        return layer(x.float())[0]
+
+
+# The convolutions of CRNN, from the image on: (channels, stride in rows, stride in columns).
+# Behind each: the shape of what leaves it, for an image of 32 x 128.
+LAYERS = (
+    (32, 2, 2),  # (B, 32, 16, 64)
+    (32, 1, 1),  # a second look before more detail is given up
+    (64, 2, 2),  # (B, 64, 8, 32)
+    (64, 1, 1),
+    (128, 2, 1),  # (B, 128, 4, 32): from here on only rows merge, a character keeps its columns
+    (128, 1, 1),
+    (192, 2, 1),  # (B, 192, 2, 32)
+    (256, 1, 1),  # (B, 256, 2, 32)
+)
+OLD_LAYERS = (LAYERS[0], LAYERS[2], *LAYERS[4:])  # of checkpoints that do not name theirs
 
 
 class CRNN(nn.Module):
-    """Reads one line of text from an image.
+    """Our network, "small": strided convolutions down to one row of width / 4 columns, one
+    recurrent layer, and a straight line past it.
 
-    preset "small": six strided convolutions to one row of width / 4 columns, one bidirectional recurrent layer, and a
-    linear shortcut past it, which ends CTC's all-blank phase early.
-    preset "notebook": five blocks of two convolutions and a max-pool, an average over the height, a linear map from
-    width / 32 columns to `steps` time steps, two recurrent layers with dropout between them.
+    size: (height, width) of the images, multiples of 16 and 4. rnn: "lstm" or "gru"."""
 
-    size: (height, width) of the images. rnn: "lstm" or "gru". Raises ValueError for a size the preset cannot take."""
+    default_size = (32, 128)
 
-    def __init__(self, alphabet, preset="small", size=None, rnn="lstm", bidirectional=None, hidden=None, steps=20):
+    def __init__(
+        self,
+        alphabet,
+        size=None,
+        rnn="lstm",
+        bidirectional=True,
+        hidden_size=96,
+        layers=LAYERS,
+    ):
         super().__init__()
-        small = preset == "small"
-        height, width = size = tuple(size or SIZES[preset])
-        h, w = MULTIPLES[preset]
-        if height % h or width % w or height < h or width < 4 * w:
-            raise ValueError(f"--size {height} {width}: the {preset} preset takes heights that are multiples of {h} and "
-                             f"widths that are multiples of {w}, at least {h} x {4 * w}, such as {SIZES[preset]}")
-        bidirectional = small if bidirectional is None else bidirectional
-        hidden = hidden or (96 if small else 256)
-        # all that rebuilds this network, in plain types, for the checkpoint
-        self.config = dict(alphabet=alphabet, preset=preset, size=list(size), rnn=rnn, bidirectional=bidirectional,
-                           hidden=hidden, steps=steps)
-        if small:
-            self.steps, features = width // 4, 256
-            self.cnn = nn.Sequential(               # the shape is (channels, height, width) for 32 x 128
-                ConvNorm(3, 32, stride=2),          # (32, 16, 64)
-                ConvNorm(32, 64, stride=2),         # (64, 8, 32)
-                ConvNorm(64, 128, stride=(2, 1)),   # (128, 4, 32)
-                ConvNorm(128, 128),
-                ConvNorm(128, 192, stride=(2, 1)),  # (192, 2, 32)
-                ConvNorm(192, 256),
-                ConvNorm(256, 256, kernel=(height // 16, 1), padding=0))        # (256, 1, 32)
-            self.shortcut = nn.Linear(features, len(alphabet) + 1)
-        else:
-            self.steps, features = steps, 512
-            widths = (3, 32, 64, 128, 256, 512)
-            self.cnn = nn.Sequential(*(layer for a, b in zip(widths, widths[1:])
-                                       for layer in (ConvNorm(a, b), ConvNorm(b, b, pool=True))))
-            self.proj = nn.Linear(width // 32, steps)
-            self.shortcut = None
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}[rnn]
-        self.rnn = kind(features, hidden, 1 if small else 2, dropout=0 if small else 0.3, bidirectional=bidirectional)
-        self.fc = nn.Linear(hidden * (1 + bidirectional), len(alphabet) + 1)
+        size = size or self.default_size
+        check_size(size, 16, 4)
+        # what rebuilds this network, in plain types, for the checkpoint
+        self.config = {
+            "preset": "small",
+            "alphabet": alphabet,
+            "size": list(size),
+            "rnn": rnn,
+            "bidirectional": bidirectional,
+            "hidden_size": hidden_size,
+            "layers": [list(layer) for layer in layers],
+        }
+        self.steps = size[1] // 4
+        classes = len(alphabet) + 1
+        self.cnn = nn.Sequential()
+        c_in = 3  # red, green, blue
+        for c_out, rows, columns in layers:
+            self.cnn.append(ConvNorm(c_in, c_out, stride=(rows, columns)))
+            c_in = c_out
+        # the rows that are left become one
+        self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
+        self.rnn = RECURRENT[rnn](256, hidden_size, bidirectional=bidirectional)
+        self.fc = nn.Linear(hidden_size * (1 + bidirectional), classes)
+        self.shortcut = nn.Linear(256, classes)
 
     def normalise(self, images):
-        """uint8 (B, 3, H, W) to float32: to [0, 1] for the notebook's network; for small every channel of every image
-        to mean 0 and deviation 1, so that night, haze and the camera's white balance look alike."""
+        """uint8 to float32 with mean 0 and deviation 1 in every channel of every image.
+
+        So night, haze and the camera's white balance look alike."""
         x = images.float() / 255
-        if self.config["preset"] == "small":
-            mean = x.mean((2, 3), keepdim=True)
-            x = (x - mean) / ((x - mean).square().mean((2, 3), keepdim=True).sqrt() + 0.03)
-        return x.contiguous(memory_format=torch.channels_last)      # the layout that fast convolutions want
+        x = x - x.mean((2, 3), keepdim=True)
+        deviation = x.square().mean((2, 3), keepdim=True).sqrt()
+        return x / (deviation + 0.03)  # an even picture stays even
 
     def forward(self, images):
-        """uint8 (B, 3, H, W) to logits (T, B, len(alphabet) + 1); T is self.steps."""
-        x = self.cnn(self.normalise(images))                        # (B, C, H', W')
-        if self.shortcut is None:
-            x = self.proj(x.mean(2))                                # (B, C, T)
-            x = x.permute(2, 0, 1)                                  # (T, B, C)
-        else:
-            x = x.squeeze(2).permute(2, 0, 1)                       # (T, B, C)
-            # drawn and photographed characters share no feature exactly, so none may decide alone
-            x = F.dropout(x, 0.25, self.training)
-        logits = self.fc(self.rnn(x)[0])                            # (T, B, len(alphabet) + 1)
-        # The LSTM learns late; this straight line lets gradients reach the convolutions from the first step.
-        return logits if self.shortcut is None else logits + self.shortcut(x)
-
-    def fold(self):
-        """Merge each batch-norm into its convolution, for prediction: the same function with fewer operations. Returns self."""
-        self.eval()
-        for layer in self.cnn:
-            if isinstance(layer.norm, nn.BatchNorm2d):
-                layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
-        return self
+        """uint8 (B, 3, H, W) to logits (T, B, C), with T = W / 4."""
+        x = self.normalise(images)  # (B, 3, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
+        x = self.cnn(x)  # (B, 256, 1, T)
+        x = x.squeeze(2).permute(2, 0, 1)  # (T, B, 256)
+        # Synthetic and real characters share no feature exactly, so none may decide alone.
+        x = F.dropout(x, 0.25, self.training)
+        hidden = run_recurrent(self.rnn, x)  # (T, B, hidden_size, twice if bidirectional)
+        # The recurrent layer learns late. Along the straight line gradients reach the
+        # convolutions from the first step, and CTC's all-blank phase ends early.
+        return self.fc(hidden) + self.shortcut(x)  # (T, B, C)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# CTC
+class NotebookCRNN(nn.Module):
+    """The notebook's network: five blocks of two convolutions and a max-pool, the mean over the
+    height, a linear map from width / 32 columns to `steps` time steps, two recurrent layers.
+
+    size: (height, width) of the images, multiples of 32. rnn: "lstm" or "gru"."""
+
+    default_size = (96, 448)
+
+    def __init__(
+        self,
+        alphabet,
+        size=None,
+        rnn="lstm",
+        bidirectional=False,
+        hidden_size=256,
+        steps=20,
+    ):
+        super().__init__()
+        size = size or self.default_size
+        check_size(size, 32, 32)
+        self.config = {
+            "preset": "notebook",
+            "alphabet": alphabet,
+            "size": list(size),
+            "rnn": rnn,
+            "bidirectional": bidirectional,
+            "hidden_size": hidden_size,
+            "steps": steps,
+        }
+        self.steps = steps
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 256), (256, 512)):
+            layers.append(ConvNorm(c_in, c_out))
+            layers.append(ConvNorm(c_out, c_out, pool=True))
+        self.cnn = nn.Sequential(*layers)
+        self.proj = nn.Linear(size[1] // 32, steps)
+        self.rnn = RECURRENT[rnn](512, hidden_size, 2, dropout=0.3, bidirectional=bidirectional)
+        self.fc = nn.Linear(hidden_size * (1 + bidirectional), len(alphabet) + 1)
+
+    def forward(self, images):
+        """uint8 (B, 3, H, W) to logits (T, B, C), with T = steps."""
+        x = images.float() / 255  # (B, 3, H, W), in [0, 1]
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
+        x = self.cnn(x)  # (B, 512, H / 32, W / 32)
+        x = x.mean(2)  # (B, 512, W / 32)
+        x = self.proj(x)  # (B, 512, T)
+        x = x.permute(2, 0, 1)  # (T, B, 512)
+        return self.fc(run_recurrent(self.rnn, x))  # (T, B, C)
+
+
+NETWORKS = {"small": CRNN, "notebook": NotebookCRNN}
+
+
+def build_network(config):
+    """The network that a config describes; config is that of a network or a checkpoint."""
+    config = dict(config)
+    if not isinstance(config["alphabet"], str):
+        raise TypeError("the alphabet is not a string")
+    if "hidden" in config:  # the name in older checkpoints
+        config["hidden_size"] = config.pop("hidden")
+    preset = config.pop("preset")
+    if preset == "small":
+        config.pop("steps", None)  # older checkpoints name it, though the width decides
+        config.setdefault("layers", OLD_LAYERS)
+    return NETWORKS[preset](**config)
+
+
+def fold_norms(network):
+    """Merge each batch-norm into its convolution, in place: the same function, less work.
+
+    For prediction only. Returns the network in eval mode."""
+    network.eval()
+    for layer in network.cnn:
+        layer.conv = fuse_conv_bn_eval(layer.conv, layer.norm)
+        layer.norm = nn.Identity()
+    return network
+
+
+# ---------------------------------------------------------------------------------------
+# CTC: the loss, and the probability of a string
+
 
 def steps_needed(text):
-    """The time steps CTC needs for `text`: one a character, and a blank between equal neighbours."""
-    return len(text) + sum(a == b for a, b in zip(text, text[1:]))
-
-
-def ctc_loss(logits, targets, lengths):
-    """CTC loss (B,) in nats: logits (T, B, C) of any precision, targets (B, L) padded at will, lengths (B,)."""
-    # in float32: the sums over alignments do not survive half precision. MPS has no CTC loss, so the CPU does it there
-    device = "cpu" if logits.device.type == "mps" else logits.device
-    log_probs = logits.float().log_softmax(2).to(device)
-    steps = torch.full((logits.shape[1],), logits.shape[0], device=device)
-    return F.ctc_loss(log_probs, targets.to(device), steps, lengths.to(device), BLANK, "none").to(logits.device)
-
-
-def greedy_decode(logits, alphabet):
-    """The best path of each image, repeats merged and blanks dropped: (T, B, C) to a list of B strings."""
-    best = logits.argmax(2).T                                       # (B, T)
-    new = (best != BLANK) & (best != F.pad(best, (1, 0), value=BLANK)[:, :-1])
-    counts = new.sum(1).tolist()
-    letters = iter((best[new] - 1).tolist())
-    return ["".join(alphabet[next(letters)] for _ in range(n)) for n in counts]
+    """The time steps CTC needs for `text`: one a character, and a blank between equal ones."""
+    repeats = sum(a == b for a, b in zip(text, text[1:]))
+    return len(text) + repeats
 
 
 def encode(texts, alphabet):
-    """Strings to (targets (B, longest), lengths (B,)), both int64; character k of the alphabet becomes k + 1."""
-    index = {char: k + 1 for k, char in enumerate(alphabet)}
-    longest = max([1, *map(len, texts)])
-    targets = torch.tensor([[index[c] for c in t] + [BLANK] * (longest - len(t)) for t in texts], dtype=torch.long)
-    return targets.view(len(texts), longest), torch.tensor([len(t) for t in texts], dtype=torch.long)
+    """Strings to classes on the CPU, int64: (targets, all in a row; lengths, one a string)."""
+    targets = [alphabet.index(char) + 1 for text in texts for char in text]
+    lengths = [len(text) for text in texts]
+    return torch.tensor(targets, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
 
 
-def text_loss(logits, texts, alphabet):
-    """The CTC loss (B,) of the strings `texts`: minus the logarithm of their probability given the images."""
-    return ctc_loss(logits, *encode(texts, alphabet)) if texts else logits.new_zeros(0)
+def string_log_probs(logits, texts, alphabet):
+    """The exact log-probability of each string given its image: float32 (B,), at most 0.
+
+    It is the sum over all alignments of the string to the T steps (Graves et al., 2006); -inf
+    if the string needs more than T steps. logits: (T, B, C) of any precision."""
+    if not texts:
+        return logits.new_zeros(0, dtype=torch.float32)
+    # float32: sums over alignments do not survive half precision
+    log_probs = logits.float().log_softmax(2)
+    if log_probs.device.type == "mps":  # which has no CTC loss
+        log_probs = log_probs.cpu()
+    targets, lengths = encode(texts, alphabet)
+    steps = torch.full_like(lengths, len(logits))
+    loss = F.ctc_loss(log_probs, targets, steps, lengths, BLANK, reduction="none")
+    return -loss.to(logits.device)
 
 
-def probability(logits, texts, alphabet):
-    """The probability of each string given its image, exactly: the sum over all CTC alignments. float32 (B,) in [0, 1]."""
-    return (-text_loss(logits, texts, alphabet)).exp().clamp(0, 1)
+def ctc_loss(logits, texts, alphabet):
+    """The CTC loss of each image in nats a character: float32 (B,). logits: (T, B, C)."""
+    lengths = torch.tensor([len(text) or 1 for text in texts])
+    lengths = lengths.to(logits.device, non_blocking=True)
+    return -string_log_probs(logits, texts, alphabet) / lengths
 
 
-def aligned_decode(logits, slots):
-    """The most probable alignment whose k-th character is one of slots[k], by Viterbi's algorithm over time.
-
-    logits (T, B, C); slots: bool (S, C), what may stand at each place. Returns (B, S) class indices and (B, S) runners-up:
-    the next best allowed class where the alignment reads that place. An alignment that cannot be gives log(0) somewhere,
-    never an error."""
-    log_probs = logits.float().log_softmax(2)                       # (T, B, C)
-    T, B, C = log_probs.shape
-    S, never = len(slots), torch.finfo(torch.float32).min / 4
-    # Two kinds of state: `char[s, c]`, place s was just read as c, and `gap[s]`, a blank after s places. Because a char
-    # state knows its character, one that repeats its left neighbour can only be reached through the gap between them.
-    char = log_probs.new_full((B, S, C), never)
-    gap = log_probs.new_full((B, S + 1), never)
-    gap[:, 0] = 0
-    from_char, from_gap = [], []
-    for t in range(T):
-        best2, who2 = char.topk(2, 2)                               # (B, S, 2), to know the best of all others
-        left = torch.cat((char.new_full((B, 1, C), never), best2[:, :-1, :1].expand(-1, -1, C).clone()), 1)
-        left_who = F.pad(who2[:, :-1, :1], (0, 0, 1, 0)).expand(-1, -1, C).clone()          # (B, S, C)
-        own = F.pad(who2[:, :-1, :1], (0, 0, 1, 0))
-        left.scatter_(2, own, F.pad(best2[:, :-1, 1:], (0, 0, 1, 0), value=never))
-        left_who.scatter_(2, own, F.pad(who2[:, :-1, 1:], (0, 0, 1, 0)))
-        choices = torch.stack((char, gap[:, :-1, None].expand_as(char), left), 3)           # stay, after a blank, after another
-        score, choice = choices.max(3)
-        from_char.append(torch.where(choice == 2, left_who, -1 - choice))                   # -1 stay, -2 gap, else the class
-        stay = F.pad(best2[..., 0], (1, 0), value=never)            # (B, S + 1)
-        from_gap.append(torch.where(stay > gap, F.pad(who2[..., 0], (1, 0)), -1))           # -1 stay, else the class
-        gap = (torch.maximum(gap, stay) + log_probs[t, :, BLANK, None]).clamp(min=never)
-        char = (score + log_probs[t, :, None]).masked_fill(~slots, never).clamp(min=never)
-    # backwards along the best path: at place s (0: none left), reading class c or, where c is BLANK, a gap
-    best, c = char[:, -1].max(1)
-    c = torch.where(gap[:, -1] > best, BLANK, c)
-    s, rows = torch.full((B,), S, device=gap.device), torch.arange(B, device=gap.device)
-    read = torch.full((B, S + 1), BLANK, device=gap.device)
-    peak = torch.full((B, S + 1), never, device=gap.device)
-    second = read.clone()
-    for t in range(T - 1, -1, -1):
-        in_char = c != BLANK
-        sharper = in_char & (log_probs[t, rows, c] > peak[rows, s])
-        others = log_probs[t].masked_fill(~slots[(s - 1).clamp(min=0)], never).scatter(1, c[:, None], never)
-        read[rows, s] = torch.where(in_char, c, read[rows, s])
-        second[rows, s] = torch.where(sharper, others.argmax(1), second[rows, s])
-        peak[rows, s] = torch.where(sharper, log_probs[t, rows, c], peak[rows, s])
-        step = torch.where(in_char, from_char[t][rows, (s - 1).clamp(min=0), c], from_gap[t][rows, s])
-        s = torch.where(in_char & (step != -1), s - 1, s)
-        c = torch.where(in_char, torch.where(step == -2, BLANK, torch.where(step == -1, c, step)), torch.where(step == -1, BLANK, step))
-    return read[:, 1:], second[:, 1:]
+# ---------------------------------------------------------------------------------------
+# CTC: from logits to text
+#
+# A plate pattern says for every place which characters may stand there: a sequence of strings.
 
 
-def is_of_form(text, forms):
-    """Whether `text` has one of `forms`, each of which says for every place what characters may stand there."""
-    return any(len(text) == len(form) and all(c in allowed for c, allowed in zip(text, form)) for form in forms)
+def greedy_decode(logits, alphabet):
+    """The best path of each image, repeats merged, blanks dropped: (T, B, C) to B strings."""
+    texts = []
+    for path in logits.argmax(2).T.tolist():  # the best class of each time step
+        text = ""
+        previous = BLANK
+        for current in path:
+            if current != previous and current != BLANK:
+                text += alphabet[current - 1]
+            previous = current
+        texts.append(text)
+    return texts
 
 
-def candidates(logits, alphabet, forms=()):
-    """The likeliest strings of each image: B lists of (text, probability), the most probable first.
-
-    They are the best alignment of each of `forms` (without any: greedy_decode's string), and its neighbours with one
-    character exchanged for the next best, ranked by their exact probability."""
-    greedy = greedy_decode(logits, alphabet)
-    texts = [{text} if not forms or is_of_form(text, forms) else set() for text in greedy]
-    for form in forms or [[alphabet] * n for n in {len(text) for text in greedy} - {0}]:
-        rows = [b for b, text in enumerate(greedy) if forms or len(text) == len(form)]
-        slots = torch.tensor([[False] + [c in allowed for c in alphabet] for allowed in form], device=logits.device)
-        best, second = (x.unsqueeze(1) for x in aligned_decode(logits[:, rows], slots))         # (B, 1, S)
-        swapped = torch.where(torch.eye(len(form), dtype=torch.bool, device=logits.device), second, best)       # (B, S, S)
-        for b, strings in zip(rows, torch.cat((best, swapped), 1).tolist()):
-            texts[b].update("".join(alphabet[c - 1] for c in s) for s in strings if BLANK not in s)
-    pairs = [(b, text) for b, some in enumerate(texts) for text in sorted(some)]
-    sure = probability(logits[:, [b for b, _ in pairs]], [text for _, text in pairs], alphabet).tolist()
-    found = [[] for _ in greedy]
-    for (b, text), p in zip(pairs, sure):
-        found[b].append((text, p))
-    return [sorted(some, key=lambda pair: -pair[1]) for some in found]
+LEAST_SHARE = 1e-3  # beam search tries classes at least so likely as the step's best
 
 
-def decode(logits, alphabet, forms=()):
-    """(B strings, their B probabilities): greedy, or with `forms` the likeliest string that has one of them."""
+@functools.lru_cache(1 << 16)  # reads of different images begin alike
+def begins_plate(prefix, patterns):
+    """Those of `patterns` whose strings can begin with `prefix`: a tuple, empty if none can."""
+    if not prefix:
+        return patterns
+    place = len(prefix) - 1
+    fitting = begins_plate(prefix[:place], patterns)
+    return tuple(p for p in fitting if place < len(p) and prefix[place] in p[place])
+
+
+def is_plate(text, patterns):
+    """Whether `text` is a whole string of one of `patterns`."""
+    return any(len(pattern) == len(text) for pattern in begins_plate(text, patterns))
+
+
+def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
+    """The likeliest strings of one image, best first, by CTC prefix beam search.
+
+    log_probs: (T, C), float. A beam is a prefix with two probabilities: of all paths that spell
+    it and end in a blank, and of those that end in its last character. We need both: after a
+    blank an equal character is a new one, after itself it is the same one (Graves, 2006; Hannun,
+    2017, distill.pub/2017/ctc). With `patterns`, prefixes which no plate begins with are dropped.
+    Each step tries its likeliest `classes`, if they are likely at all."""
+    beams = {"": (1.0, 0.0)}
+    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices.tolist()
+    # as shares of the step's best: products of many small numbers would come to 0
+    shares = (log_probs - log_probs.amax(1, keepdim=True)).exp().tolist()
+    for t, top_classes in enumerate(likeliest):
+        longer = defaultdict(lambda: [0.0, 0.0])
+        for c in {BLANK, *top_classes}:
+            share = shares[t][c]
+            # the blank always: where no plate can go on with any other, it passes over the step
+            if share < LEAST_SHARE and c != BLANK:
+                continue
+            for prefix, (ends_blank, ends_char) in beams.items():
+                before = ends_blank + ends_char
+                if c == BLANK:
+                    longer[prefix][0] += before * share
+                    continue
+                char = alphabet[c - 1]
+                if prefix[-1:] == char:
+                    # the same character goes on; a new one needs a blank between
+                    longer[prefix][1] += ends_char * share
+                    before = ends_blank
+                longer[prefix + char][1] += before * share
+        best = sorted(longer, key=lambda prefix: -sum(longer[prefix]))
+        if patterns:
+            best = (prefix for prefix in best if begins_plate(prefix, patterns))
+        beams = {prefix: longer[prefix] for prefix in itertools.islice(best, beam_width)}
+    return [text for text in beams if not patterns or is_plate(text, patterns)]
+
+
+def candidates(logits, alphabet, patterns=()):
+    """The likeliest strings of one image as [(text, probability), ...], the most probable first.
+
+    logits: (T, 1, C). Probabilities are exact. With `patterns` all are plates; the list is empty
+    if nothing in the image looks like one."""
+    log_probs = logits[:, 0].float().log_softmax(1)
+    texts = beam_search(log_probs, alphabet, patterns)
+    same_image = logits.expand(-1, len(texts), -1)
+    probabilities = string_log_probs(same_image, texts, alphabet).exp().tolist()
+    return sorted(zip(texts, probabilities), key=lambda pair: -pair[1])
+
+
+def decode(logits, alphabet, patterns=()):
+    """(B strings, B probabilities): greedy, or with `patterns` the likeliest plate there is.
+
+    The probability is that of the whole string, exactly. logits: (T, B, C)."""
+    logits = logits.float().cpu()  # many small steps: a GPU would only wait
     texts = greedy_decode(logits, alphabet)
-    sure = probability(logits, texts, alphabet).tolist()
-    # more than half of the probability leaves no room for a rival, so few images need the search
-    hard = [b for b, text in enumerate(texts) if forms and (sure[b] <= 0.5 or not is_of_form(text, forms))]
-    if hard:
-        for b, found in zip(hard, candidates(logits[:, hard], alphabet, forms)):
-            texts[b], sure[b] = found[0] if found else (texts[b], sure[b])
-    return texts, sure
+    probabilities = string_log_probs(logits, texts, alphabet).exp().tolist()
+    if not patterns:
+        return texts, probabilities
+    for b, text in enumerate(texts):
+        # a plate with more than half of the probability leaves no room for a rival
+        if probabilities[b] > 0.5 and is_plate(text, patterns):
+            continue
+        plates = candidates(logits[:, b : b + 1], alphabet, patterns)
+        if plates:
+            texts[b], probabilities[b] = plates[0]
+    return texts, probabilities
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Devices, and the loop that reads
+# ---------------------------------------------------------------------------------------
+# Devices and precisions
+
+CACHE_PIXELS = 350_000  # so many pixels at a time keep all activations in a CPU's cache
+
 
 def pick_device(name="auto"):
-    """The device to run on: `name`, or the first there is of CUDA, Apple's MPS, CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device to run on: `name`, or the first there is of CUDA, Apple's MPS and the CPU.
+
+    Raises ValueError if there is no such device."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: not on this machine; drop it, or give cpu") from None
+    return device
 
 
 def pick_precision(name, device):
-    """`name`, or for "auto" the fastest of "bf16", "fp16" and "fp32" that this device computes in hardware."""
+    """`name`, or for "auto" the fastest of bf16, fp16 and fp32 that the device has circuits for."""
     if name != "auto":
         return name
     if device.type == "cuda":
+        # bf16 that an older GPU emulates is slower than fp16
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # without AMX or AVX512-BF16 a CPU only imitates bf16, at a fifth of its float32 speed
-    fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return "bf16" if fast else "fp32"
+    if device.type == "cpu":
+        # other CPUs only imitate bf16, at a fifth of their float32 speed
+        for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            if getattr(torch.cpu, question, bool)():  # older versions of torch lack them
+                return "bf16"
+    return "fp32"
 
 
 def autocast(device, precision):
     """The context in which a network runs in `precision`."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def keep_memory():
-    """Let the process keep memory that it frees, where glibc is the C library: every step asks for the same again, and
-    handing pages back to have them zeroed anew cost the notebook's network a fifth of its time."""
-    if platform.libc_ver()[0] == "glibc":
-        for option, value in ((-1, 2 ** 31 - 1), (-4, 0), (-8, 1)):             # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
-            ctypes.CDLL(None).mallopt(option, value)
+def images_at_once(network):
+    """How many images a network reads best at a time on its device."""
+    height, width = network.config["size"]
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    return max(1, CACHE_PIXELS // (height * width)) if on_cpu else 256
 
 
-def images_at_once(model):
-    """How many images a network reads best at a time where it is: a CPU is twice as fast while activations fit its cache."""
-    height, width = model.config["size"]
-    return max(1, CACHED // (height * width)) if next(model.parameters()).device.type == "cpu" else 256
+@torch.inference_mode()
+def predict_logits(network, images, precision="fp32"):
+    """uint8 (B, 3, H, W) on any device to float32 logits (T, B, C) on the network's device."""
+    device = next(network.parameters()).device
+    logits = []
+    for piece in images.split(images_at_once(network)):
+        with autocast(device, precision):
+            logits.append(network(piece.to(device, non_blocking=True)).float())
+    return torch.cat(logits, 1)
 
 
-def predict_logits(model, images, precision="fp32"):
-    """uint8 (B, 3, H, W) to float32 logits (T, B, C) on the model's device, without gradients; the model is in eval mode."""
-    device = next(model.parameters()).device
-    with torch.inference_mode(), autocast(device, precision):
-        return torch.cat([model(piece.to(device, non_blocking=True)).float() for piece in images.split(images_at_once(model))], 1)
+# ---------------------------------------------------------------------------------------
+# Checkpoints: {"model": weights, "config": see build_network, and what the trainer adds:
+# "args", "metrics"}, all in plain types. Nothing in a file is ever executed.
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checkpoints: {"model": weights, "config": CRNN's arguments, and what the trainer adds: "args", "metrics"}, plain types
+def make_checkpoint(network, **info):
+    """What a checkpoint holds: a copy of the weights, the config, and `info`."""
+    weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+    return {"model": weights, "config": network.config, **info}
+
 
 def save_atomically(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile. Raises OSError with one
-    sentence where there is no room or no permission."""
-    path, partial = Path(path), Path(f"{path}.part")
+    """torch.save that leaves the old file or the whole new one, whatever happens meanwhile.
+
+    Raises OSError with one sentence if the file cannot be written."""
+    partial = Path(f"{path}.part")
+    # first to memory: torch's own writer does not say that a disk is full
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     try:
         with open(partial, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0][:80]}); free some space or choose another place") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"{path}: cannot be written ({reason}); free space, or choose another"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def checkpoint(model, **info):
-    """What a checkpoint holds: a copy of the weights, what rebuilds the network, and `info`."""
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    return {"model": weights, "config": model.config, **info}
+def one_line(error):
+    """An error's own words, cut to fit into one of our sentences."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def read_content(path):
+    """What torch.save wrote to `path`, plain types only. Raises ValueError with one sentence."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        advice = f"train one with: python train.py --out {path}"
+        raise ValueError(f"{path}: no such checkpoint; {advice}") from None
+    except Exception as error:  # broken files raise all kinds of errors
+        reason = f"not a whole checkpoint ({one_line(error)})"
+        raise ValueError(f"{path}: {reason}; train it again or copy it again") from None
 
 
 def load_checkpoint(path, alphabet="", device="cpu"):
-    """A checkpoint of train.py, or one that the notebook saved, to (CRNN in eval mode, dict of what else it holds).
+    """A checkpoint of train.py, or one the notebook saved: (network in eval mode, info).
 
-    The notebook's hold no alphabet: `alphabet` is for them. Raises ValueError with one sentence for any other file;
-    nothing in the file is ever executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint; train one with: python train.py --out {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a whole checkpoint of plain weights ({reason}); train it again or copy it again") from None
+    info: what the trainer added to it. The notebook's checkpoints hold no alphabet: `alphabet`
+    is for them. Raises ValueError with one sentence for any other file."""
+    content = read_content(path)
     try:
         if "state_dict" in content:
-            config, weights = from_notebook(content["state_dict"], alphabet)
-        else:
-            config, weights = content["config"], content["model"]
-        model = CRNN(**config)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError, IndexError, ValueError):
-        raise ValueError(f"{path}: a checkpoint of another program; it needs one of train.py or of the notebook") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), {k: v for k, v in content.items() if k not in ("model", "state_dict", "optimizer")}
+            content = convert_notebook(content["state_dict"], alphabet)
+        with torch.device("meta"):  # shapes without memory, whatever sizes the file asks for
+            network = build_network(content["config"])
+        network.load_state_dict(content["model"], assign=True)
+        network.to(torch.float32)  # whatever precision they were stored in
+        is_finite = all(value.isfinite().all() for value in network.state_dict().values())
+    except Exception as error:  # a file that we did not write can be wrong in every way
+        origin = "not a checkpoint of train.py or of the notebook, or does not fit model.py"
+        raise ValueError(f"{path}: {origin} ({one_line(error)})") from None
+    if not is_finite:
+        raise ValueError(f"{path}: some weights are not numbers; train it again with a lower --lr")
+    info = {key: content[key] for key in ("args", "metrics") if isinstance(content.get(key), dict)}
+    return network.to(device, memory_format=torch.channels_last).eval(), info
 
 
-def from_notebook(state, alphabet):
-    """The notebook's state_dict as (CRNN's arguments, CRNN's state_dict); its sizes are read off the shapes."""
+def convert_notebook(state, alphabet):
+    """The notebook's weights as a checkpoint of ours; their shapes tell the sizes."""
     weights = {}
-    for key, value in state.items():
-        block = re.fullmatch(r"features_extractor\.cnn\.(\d+)\.(conv|bn)(\d)\.(.+)", key)
+    for name, value in state.items():
+        name = name.partition(".")[2]  # without "features_extractor." or "sequence_predictor."
+        block = re.match(r"cnn\.(\d+)\.(conv|bn)(\d)", name)
         if block:
-            i, what, j, name = block.groups()
-            key = f"cnn.{2 * int(i) + int(j) - 1}.{'conv' if what == 'conv' else 'norm'}.{name}"
-        weights[key.removeprefix("features_extractor.").removeprefix("sequence_predictor.")] = value
-    weights["cnn.0.conv.weight"] = weights["cnn.0.conv.weight"].flip(1)        # it was trained on BGR
-    weights["proj.weight"] = weights["proj.weight"].flatten(1)                 # (20, 14, 1, 1): a linear map
+            layer = 2 * int(block[1]) + int(block[3]) - 1  # its blocks hold two of our layers
+            kind = "norm" if block[2] == "bn" else "conv"
+            name = f"cnn.{layer}.{kind}{name[block.end() :]}"
+        weights[name] = value
+    first = "cnn.0.conv.weight"
+    weights[first] = weights[first].flip(1)  # it was trained on BGR, we read RGB
+    weights["proj.weight"] = weights["proj.weight"].flatten(1)  # 1 x 1 convolution to linear
     steps, columns = weights["proj.weight"].shape
-    gates, hidden = weights["rnn.weight_hh_l0"].shape
-    return dict(alphabet=alphabet, preset="notebook", size=[96, 32 * columns], rnn="lstm" if gates == 4 * hidden else "gru",
-                bidirectional="rnn.weight_hh_l0_reverse" in weights, hidden=hidden, steps=steps), weights
+    gates, hidden_size = weights["rnn.weight_hh_l0"].shape
+    config = {
+        "preset": "notebook",
+        "alphabet": alphabet,
+        "size": [96, 32 * columns],
+        "rnn": "lstm" if gates == 4 * hidden_size else "gru",  # a GRU has three gates
+        "bidirectional": "rnn.weight_hh_l0_reverse" in weights,
+        "hidden_size": hidden_size,
+        "steps": steps,
+    }
+    return {"config": config, "model": weights}

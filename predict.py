@@ -1,145 +1,332 @@
 """Read licence plates from image files.
 
-    python predict.py ckpt.pth crop.jpg                     # path, plate and confidence, tab-separated
+    python predict.py crop.jpg                              # path, plate, confidence, by tabs
+    python predict.py ckpt.pth crop.jpg                     # the same with your own checkpoint
     python predict.py ckpt.pth FOLDER "more/*.png"          # folders and quoted patterns
-    python predict.py ckpt.pth crop.jpg --explain ctc.png   # how CTC came to its answer, as a picture
+    python predict.py ckpt.pth crop.jpg --explain ctc.png   # how CTC read it, as a picture
     python predict.py ckpt.pth --export model.onnx          # for use without these files
 
 In Python:
 
     from predict import load, read
-    model = load("ckpt.pth")
-    plates = list(read(model, ["crop.jpg", array]))          # [("皖AX511H", 0.998), ...]
+    network = load("ckpt.pth")
+    for plate, confidence, alternatives, error in read(network, ["crop.jpg", array]):
+        print(plate, confidence)
 
-It reads crops of one plate each; a detector comes before it.
+It reads crops of one plate each; a detector comes before it. Without a checkpoint it takes the
+reader in assets, which learnt from synthetic plates alone.
 """
+
 import argparse
 import glob
+import itertools
 import json
 import os
-import signal
 import sys
+import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
 import data
 import model as crnn
-from evaluate import plate_forms, read, reading_options
+
+READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
+
+# ---------------------------------------------------------------------------------------
+# Reading
+
+
+class Read(NamedTuple):
+    """What was read from one image."""
+
+    plate: str  # "" if the image holds no character, or if there is an error
+    confidence: float  # the exact probability of `plate` under the model, in [0, 1]
+    alternatives: list  # [(plate, confidence), ...], the likeliest first
+    error: str  # "" unless the image could not be read
 
 
 def load(path, device="auto"):
-    """A checkpoint of train.py or of the notebook as a network ready to read. Raises ValueError if it is none."""
-    model, _ = crnn.load_checkpoint(path, data.ALPHABET, crnn.pick_device(device))
-    return model.fold()
+    """A checkpoint of train.py or of the notebook, as a network ready to read.
+
+    Raises ValueError with one sentence if it is none."""
+    network, _ = crnn.load_checkpoint(path, data.ALPHABET, crnn.pick_device(device))
+    return crnn.fold_norms(network)
 
 
-def find(arguments):
-    """The image files that paths, folders and patterns name, in the order given, those of a folder or pattern sorted."""
+def plate_patterns(network, grammar=None):
+    """The plate patterns that reads must match: Chinese plates' if `grammar`, else none.
+
+    Without a word on it, networks that read Chinese plates have them; not the notebook's, since
+    the notebook decoded greedily."""
+    if grammar is None:
+        reads_plates = network.config["alphabet"] == data.ALPHABET
+        grammar = reads_plates and network.config["preset"] != "notebook"
+    return data.PATTERNS if grammar else ()
+
+
+def read_logits(logits, alphabet, patterns, top):
+    """One Read for each image of logits (T, B, C)."""
+    reads = []
+    for b, pair in enumerate(zip(*crnn.decode(logits, alphabet, patterns))):
+        pairs = [pair]
+        if top > 1:  # the beam search, which decode does only in doubt
+            pairs = crnn.candidates(logits[:, b : b + 1], alphabet, patterns)[:top] or pairs
+        reads.append(Read(*pairs[0], pairs, ""))
+    return reads
+
+
+def read(network, sources, precision="auto", grammar=None, top=1, batch_size=None, workers=None):
+    """Yield a Read for each of `sources`, in order: paths, or uint8 arrays (H, W, 3) or (H, W).
+
+    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. grammar: see
+    plate_patterns. top: how many alternatives to give. batch_size: images read together
+    (default: what the device does best). workers: threads (default: one a core)."""
+    device = next(network.parameters()).device
+    precision = crnn.pick_precision(precision, device)
+    patterns = plate_patterns(network, grammar)
+    batch_size = batch_size or crnn.images_at_once(network)
+    workers = workers or data.count_cpus()
+    alphabet = network.config["alphabet"]
+    size = network.config["size"]
+    # a GPU serves one thread at a time, each core of a CPU its own
+    device_free = threading.Semaphore(workers if device.type == "cpu" else 1)
+
+    def read_batch(batch):
+        images = torch.zeros(len(batch), 3, *size, dtype=torch.uint8)
+        errors = [""] * len(batch)
+        for k, source in enumerate(batch):
+            try:
+                images[k] = data.read_image(source, size)
+            except ValueError as error:
+                errors[k] = str(error)  # its image stays black
+        with device_free:
+            logits = crnn.predict_logits(network, images, precision).cpu()
+        reads = read_logits(logits, alphabet, patterns, top)
+        return [Read("", 0.0, [], error) if error else good for good, error in zip(reads, errors)]
+
+    # Each thread takes its own batch from file to text, with one core for its arithmetic: so
+    # none waits for another, as threads do that share the work of one batch.
+    torch_threads = torch.get_num_threads()
+    sources = iter(sources)  # may be endless, as from a camera
+    waiting = deque()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            while batch := list(itertools.islice(sources, batch_size)):
+                waiting.append(pool.submit(read_batch, batch))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def names_checkpoint(argument):
+    """Whether an argument names a checkpoint, and not an image, a folder or a pattern."""
+    is_image = Path(argument).suffix.lower() in data.IMAGE_SUFFIXES
+    return not is_image and not os.path.isdir(argument) and not glob.has_magic(argument)
+
+
+def find_images(arguments):
+    """The image files that paths, folders and patterns name, in the order given."""
     for argument in arguments:
         if os.path.isdir(argument):
             yield from data.list_images(argument)
-        elif glob.has_magic(argument) and not os.path.lexists(argument):
-            yield from sorted(Path(p) for p in glob.glob(argument, recursive=True) if Path(p).suffix.lower() in data.IMAGES) or [Path(argument)]
-        else:
-            yield Path(argument)
+            continue
+        paths = [Path(argument)]  # one that does not exist is reported when it is read
+        if not os.path.lexists(argument):  # so that a file may be called [1].jpg
+            matches = sorted(map(Path, glob.glob(argument, recursive=True)))
+            images = [path for path in matches if path.suffix.lower() in data.IMAGE_SUFFIXES]
+            paths = images or paths
+        yield from paths
 
 
-def explain(model, path, out, precision="auto"):
-    """Write a picture of CTC at work on one image: the crop, the time steps under it with the character that each spells
-    (blanks as dots, taller where surer), the collapsed string with its probability, and the runners-up."""
-    image = data.read_image(path, model.config["size"])
-    logits = crnn.predict_logits(model, image[None], crnn.pick_precision(precision, next(model.parameters()).device)).cpu()
-    probs, steps = logits[:, 0].softmax(1), len(logits)
-    cell = 28                                                   # pixels a time step, so that a column stands under its pixels
-    width, alphabet = cell * steps, model.config["alphabet"]
-    crop = to_pil_image(image).resize((width, width * image.shape[1] // image.shape[2]), Image.BILINEAR)
-    page = Image.new("RGB", (width, crop.height + 330), "white")
+# ---------------------------------------------------------------------------------------
+# CTC at work, as a picture
+
+STEP = 28  # pixels of a time step in the picture
+BARS = 130  # pixels of a bar for probability 1
+
+
+def draw_steps(page, logits, alphabet, top):
+    """For each time step, from `top` down: a bar as high as its best class is probable, and that
+    class, "-" for blank. A line in the crop above marks where a character was read."""
+    draw = ImageDraw.Draw(page)
+    floor = top + BARS + 20
+    probabilities, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
+    for t, (probability, best) in enumerate(zip(probabilities.tolist(), classes.tolist())):
+        left = t * STEP
+        char = "-"
+        colour = "silver"
+        if best != crnn.BLANK:
+            char = alphabet[best - 1]
+            colour = "royalblue"
+            draw.line((left + STEP // 2, 0, left + STEP // 2, top), "gold")
+        bar = round(probability * BARS)
+        draw.rectangle((left + 3, floor - bar, left + STEP - 4, floor), colour)
+        page.paste(to_pil_image(data.text_picture(char, 32)), (left + 5, floor + 6))
+
+
+def explain(network, path, out, precision="auto", grammar=None):
+    """Write a picture of CTC at work on one image: the crop, the time steps, the best strings."""
+    image = data.read_image(path, network.config["size"])
+    precision = crnn.pick_precision(precision, next(network.parameters()).device)
+    logits = crnn.predict_logits(network, image[None], precision).cpu()  # (T, 1, C)
+    alphabet = network.config["alphabet"]
+    width = STEP * len(logits)  # every time step stands below the columns it comes from
+    crop = to_pil_image(image)
+    crop = crop.resize((width, width * crop.height // crop.width))
+    page = Image.new("RGB", (width, crop.height + BARS + 230), "white")
     page.paste(crop)
-    draw, floor = ImageDraw.Draw(page), crop.height + 150
-    place = lambda text, x, y, high, colour=(0, 0, 0): page.paste(to_pil_image(data.text_picture(text, high, [colour] * len(text))), (x, y))
-    for t, (p, k) in enumerate(zip(*(x.tolist() for x in probs.max(1)))):
-        x, colour = t * cell, (170, 170, 170) if k == crnn.BLANK else (30, 90, 200)
-        draw.rectangle((x + 3, floor - round(p * 130), x + cell - 4, floor), fill=colour)
-        if k == crnn.BLANK:
-            draw.ellipse((x + cell // 2 - 2, floor + 20, x + cell // 2 + 2, floor + 24), fill=colour)
-        else:
-            draw.line((x + cell // 2, 0, x + cell // 2, crop.height), fill=(255, 220, 0))
-            place(alphabet[k - 1], x + 5, floor + 6, 32)
-    for row, (text, p) in enumerate(crnn.candidates(logits, alphabet, plate_forms(model))[0][:4]):
-        x, y, high = (8, floor + 52, 44) if row == 0 else (8 + (row - 1) * width // 3, floor + 118, 28)
-        place(text, x, y, high, (0, 0, 0) if row == 0 else (120, 120, 120))
-        draw.text((x + len(text) * (high // 2 + 2) + high // 3, y + high // 4), f"{p:.4f}", (120, 120, 120), ImageFont.load_default(high // 2))
+    draw_steps(page, logits, alphabet, crop.height)
+    pairs = crnn.candidates(logits, alphabet, plate_patterns(network, grammar))
+    for row, (text, probability) in enumerate(pairs[:4]):
+        y = crop.height + BARS + 72 + 38 * row
+        picture = to_pil_image(data.text_picture(text, 32))
+        page.paste(picture, (8, y))
+        place = (picture.width + 24, y + 8)
+        ImageDraw.Draw(page).text(place, f"{probability:.4f}", "grey", font_size=16)
     page.save(out)
 
 
-def export(model, out):
-    """Write the network for use without these files, uint8 (B, 3, H, W) in and logits (T, B, C) out for any B, and check that
-    it computes the same: .pt2 by torch.export, .onnx by torch.onnx. Alphabet and size go along as metadata."""
-    images = torch.randint(0, 256, (2, 3, *model.config["size"]), dtype=torch.uint8)
-    facts = {"alphabet": model.config["alphabet"], "size": " ".join(map(str, model.config["size"])), "blank": str(crnn.BLANK)}
-    model, some = model.cpu(), torch.randint(0, 256, (5, 3, *model.config["size"]), dtype=torch.uint8)
-    batch = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
-    if out.endswith(".onnx"):
-        try:
-            program = torch.onnx.export(model, (images,), input_names=["images"], output_names=["logits"], dynamic_shapes=batch, dynamo=True)
-            program.model.metadata_props.update(facts)
-            answer = program(some)[0]               # by onnxruntime
-        except ImportError as error:
-            raise ValueError(f"{out}: needs {error.name}; install all with: pip install onnx onnxscript onnxruntime") from None
-        program.save(out)
-    elif out.endswith(".pt2"):
-        torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), out, extra_files={"facts.json": json.dumps(facts)})
-        answer = torch.export.load(out).module()(some)
-    else:
+# ---------------------------------------------------------------------------------------
+# For other runtimes
+
+
+def save_onnx(program, test, facts, out):
+    """Write an exported program as .onnx. Returns what onnxruntime answers to `test`."""
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    try:
+        onnx_program = torch.onnx.export(program, dynamo=True, **names)
+        onnx_program.model.metadata_props.update(facts)
+        answer = onnx_program(test)[0]
+    except ImportError as error:
+        packages = "pip install onnx onnxscript onnxruntime"
+        raise ValueError(f"{out}: needs {error.name}; install all with: {packages}") from None
+    onnx_program.save(out)
+    return answer
+
+
+def export(network, out):
+    """Write the network for use without these files, as .pt2 or .onnx, and check that it agrees.
+
+    Takes uint8 (B, 3, H, W) and gives logits (T, B, C), for any B. The file also holds what the
+    reader of its logits needs: the alphabet, the size, the blank. Raises ValueError."""
+    suffix = Path(out).suffix
+    if suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{out}: name it .pt2 or .onnx")
+    with open(out, "ab"):  # say now, not after a minute, if it cannot be written
+        pass
+    network = network.cpu()
+    height, width = network.config["size"]
+    facts = {
+        "alphabet": network.config["alphabet"],
+        "size": f"{height} {width}",
+        "blank": str(crnn.BLANK),
+    }
+    # batches of two sizes, to see that the number of images is not built in
+    example = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    test = torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+    if suffix == ".onnx":
+        answer = save_onnx(program, test, facts, out)
+    else:
+        torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
+        answer = torch.export.load(out).module()(test)
     with torch.no_grad():
-        apart = (answer - model(some)).abs().max().item()
-    if apart > 1e-3:
-        raise ValueError(f"{out}: its output is {apart:.1e} away from the network's; do not use it")
-    print(f"{out}: written; agrees with the network to {apart:.1e}")
+        difference = (answer - network(test)).abs().max().item()
+    if difference > 1e-3:
+        raise ValueError(f"{out}: differs from the network by {difference:.1e}; do not use it")
+    print(f"{out}: written; agrees with the network to {difference:.1e}")
+
+
+# ---------------------------------------------------------------------------------------
+
+
+def reading_options(parser):
+    """Add the options of every script that reads with a checkpoint."""
+    parser.add_argument(
+        "--grammar",
+        action=argparse.BooleanOptionalAction,
+        help="take the likeliest string that is a plate (default: yes, not for the notebook's)",
+    )
+    add = parser.add_argument
+    add("--workers", type=data.positive_int, help="threads that read files (default: one a core)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="(default: the fastest the device computes)",
+    )
+
+
+def print_reads(paths, reads):
+    """Print a line for each image that was read. Returns how many were not."""
+    failures = 0
+    for path, result in data.show_progress(zip(paths, reads), len(paths), "image"):
+        if result.error:
+            failures += 1
+            print(f"error: {result.error}", file=sys.stderr)
+            continue
+        pairs = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
+        print(data.printable(path), *pairs, sep="\t")
+    return failures
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CKPT", help="(default: the reader in assets)")
+    add("paths", nargs="*", metavar="PATH", help="image files, folders, quoted patterns")
+    add(
+        "--top", type=data.positive_int, default=1, metavar="K", help="print the K likeliest plates"
+    )
+    add("--explain", metavar="OUT.png", help="draw how the first image was read")
+    add("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
+    reading_options(parser)
+    args = parser.parse_intermixed_args(argv)  # options may stand between the paths
+    if args.checkpoint and not names_checkpoint(args.checkpoint):
+        args.paths.insert(0, args.checkpoint)
+        args.checkpoint = None
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders, quoted patterns")
-    parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest strings, each with its probability")
-    parser.add_argument("--explain", metavar="OUT.png", help="draw how the first image was read")
-    parser.add_argument("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
-    reading_options(parser)
-    args = parser.parse_args(argv)
-    sys.stdout.reconfigure(encoding="utf8", errors="surrogateescape")
-    crnn.keep_memory()
-    try:
-        model, paths = load(args.checkpoint, args.device), list(find(args.paths))
-        if not paths and not args.export:
-            raise ValueError(f"{' '.join(args.paths) or 'PATH'}: no images there; name files, folders or quoted patterns")
-        if args.explain:
-            explain(model, paths[0], args.explain, args.precision)
+    args = parse_arguments(argv)
+    with data.plain_errors():
+        if not args.checkpoint:
+            print(f"reading with {READER}", file=sys.stderr)
+        network = load(args.checkpoint or READER, args.device)
         if args.export:
-            export(model, args.export)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    failed, start = 0, time.time()
-    answers = read(model, paths, args.precision, args.grammar, args.top, workers=args.workers)
-    for path, answer in data.progress(zip(paths, answers), len(paths), "image"):
-        if answer[0] is None:
-            failed += 1
-            print(f"error: {answer[1]}", file=sys.stderr)
-        else:
-            name = str(path).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-            print(name, *(f"{plate}\t{p:.4f}" for plate, p in (answer if args.top > 1 else [answer])), sep="\t")
-    if paths:
-        done = len(paths) - failed
-        print(f"{done:,} read, {failed:,} unreadable, {done / (time.time() - start):.0f} images/s", file=sys.stderr)
-    sys.exit(1 if failed else 0)
+            export(network, args.export)
+        paths = list(find_images(args.paths))
+        if args.export and not paths:
+            return
+        if not paths:
+            names = " ".join(args.paths) or "PATH"
+            raise ValueError(f"{names}: no images there; name files, folders or quoted patterns")
+        if args.explain:
+            explain(network, paths[0], args.explain, args.precision, args.grammar)
+        start = time.time()
+        reads = read(network, paths, args.precision, args.grammar, args.top, workers=args.workers)
+        failures = print_reads(paths, reads)
+        good = len(paths) - failures
+        speed = good / (time.time() - start)
+        print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
+        if failures:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):                  # `| head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

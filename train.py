@@ -1,13 +1,15 @@
-"""Train a licence-plate reader with CTC loss, on drawn plates, on your crops, or on both.
+"""Train a licence-plate reader with CTC loss: on synthetic plates, on your crops, or on both.
 
-    python train.py                                         # no data at all: plates drawn on the fly
-    python train.py --data DIR                              # labelled crops (DIR/train, or DIR itself), drawn plates mixed in
+    python train.py                                       # no data: plates are drawn on the fly
+    python train.py --data DIR                            # labelled crops, in DIR or DIR/train
     python train.py --data CCPD2019-dl1 --epochs 5
-    python train.py --data CCPD2019-dl1 --epochs 5 --model notebook      # the notebook's own network and recipe
-    torchrun --nproc-per-node 8 train.py --data CCPD2019-dl1 --epochs 5  # eight GPUs
+    python train.py --data CCPD2019-dl1 --epochs 5 --model notebook    # the notebook's recipe
+    torchrun --nproc-per-node 8 train.py --data CCPD2019-dl1 --epochs 5    # eight GPUs
 
 The best weights go to ckpt.pth, what --resume needs to ckpt.state.pth, the history to ckpt.csv.
+A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 """
+
 import argparse
 import copy
 import csv
@@ -17,7 +19,6 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter, deque
 from pathlib import Path
 
@@ -29,339 +30,680 @@ import data
 import evaluate
 import model as crnn
 
-# What each preset trains with unless told otherwise; the notebook's are the notebook's own.
-RECIPES = {"small": dict(epochs=32, lr=2e-3, weight_decay=0.02, synthetic=0.5, augment=True),
-           "notebook": dict(epochs=5, lr=3e-4, weight_decay=1e-4, synthetic=0.0, augment=False)}
-EPOCH = 20_000                                      # images an epoch has at least: small sets are repeated
-GREEN, ODD = 0.02, 0.33                            # shares of the drawn plates: see data.random_plates
-LOG_EVERY, LOG_SECONDS = 100, 30                    # a line every so many steps, or seconds where steps are slow
-BAD_STEPS = 30                                      # non-finite steps in a row that end a run
-FREE_TO_CHANGE = {"resume", "out", "workers", "device"}     # arguments that a resumed run may have otherwise
+# All that differs between the presets. The notebook's values are the notebook's own.
+RECIPES = {
+    "small": {
+        "epochs": 32,
+        "batch_size": 64,  # of all processes
+        "lr": 2e-3,
+        "weight_decay": 0.02,
+        "optimizer": "adamw",
+        "warmup": 300,  # steps
+        "decay": True,  # the learning rate falls to nothing
+        "clip": 5.0,  # the longest gradient
+        "average": 500,  # steps that the kept weights are averaged over
+        "province_prior": True,
+        "synthetic": True,
+        "augment": True,
+    },
+    "notebook": {
+        "epochs": 5,
+        "batch_size": 128,
+        "lr": 3e-4,
+        "weight_decay": 1e-4,
+        "optimizer": "adam-amsgrad",
+        "warmup": 0,
+        "decay": False,
+        "clip": math.inf,
+        "average": 1,
+        "province_prior": False,
+        "synthetic": False,
+        "augment": False,
+    },
+}
+EPOCH = 20_000  # images an epoch has at least: small data sets are repeated
+MOST_VIEWS = 80  # a run shows each crop at most so often, or it learns the crops by heart
+MOST_CROPS = 0.5  # of a batch: the rest is synthetic, however many crops there are
+LOG_STEPS = 100  # a line every so many steps ...
+LOG_SECONDS = 30  # ... or seconds, where steps are slow
+BAD_STEPS = 30  # so many steps in a row whose gradients are no numbers end a run
+MAY_CHANGE = {"resume", "out", "workers", "device", "precision"}  # in a run that is resumed
+
+# ---------------------------------------------------------------------------------------
+# The run, and the processes that share it
 
 
-def seed_of(*numbers):
-    """One seed for a tuple of counters, so that every step's randomness follows from where it stands, not from what ran before."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def split_validation(texts, share):
-    """Indices (train, val): about `share` of the plates, chosen by a hash of the string, so that none is on both sides."""
-    plates = sorted(set(texts), key=lambda text: zlib.crc32(text.encode()))
-    chosen = set(plates[:round(share * len(plates)) or (share > 0 and len(plates) > 1)])
-    return [k for k, t in enumerate(texts) if t not in chosen], [k for k, t in enumerate(texts) if t in chosen]
-
-
-def learning_rate(step, steps, args):
-    """Linear warm-up, then a half cosine down to nothing (Loshchilov and Hutter, 2017); constant for the notebook."""
-    if args.model == "notebook":
-        return args.lr
-    warm = min(300, steps // 5)
-    return args.lr * min((step + 1) / (warm + 1), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
-
-
-@torch.no_grad()
-def average(ema, model, share):
-    """Move the averaged weights and batch-norm statistics by `share` towards the model's."""
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        if a.is_floating_point():
-            a.lerp_(b, share)
-
-
-def province_prior(texts, alphabet):
-    """(len(alphabet) + 1,) float32: how much likelier than usual each province is among `texts`, as a logarithm; 0 for the rest.
-
-    Training adds it to the logits of crops and reading goes without it, so that the network learns what a province looks
-    like and not how many photographs came from there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
-    counts = Counter(text[:1] for text in texts)
-    counts = torch.tensor([0.0] + [(counts[char] + 0.001 * len(texts)) * (char in data.PROVINCES) for char in alphabet])
-    share = counts / counts.sum()
-    return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
-
-
-def batch_loss(logits, texts, alphabet):
-    """The mean over images of the CTC loss a character, the scalar that torch's reduction="mean" gives."""
-    lengths = torch.tensor([max(1, len(text)) for text in texts], device=logits.device)
-    return (crnn.text_loss(logits, texts, alphabet) / lengths).mean()
-
-
-@torch.no_grad()
-def make_batch(images, texts, drawn, size, generator, glyphs, augment):
-    """One training batch on the generator's device: crops (uint8 or None), photographed anew if asked, and `drawn` plates."""
-    parts = []
-    if images is not None:
-        images = images.to(generator.device, non_blocking=True)
-        parts.append(data.camera(images, size, generator, data.GENTLE) if augment else images)
-    if drawn:
-        plates, words = data.draw_plates(drawn, size, generator, glyphs, GREEN, ODD)
-        parts, texts = parts + [plates], texts + words
-    return torch.cat(parts), texts
-
-
-def validate(model, dataset, val_ids, precision, rank, world):
-    """(metrics, mean CTC loss a character) of all processes on the validation crops, or without crops on drawn plates."""
-    batches = ()
-    if dataset:
-        batches = data.loader(dataset, data.in_batches(val_ids[rank::world], 256))
-    elif rank == 0:
-        batches = evaluate.drawn_batches(*evaluate.DRAWN_VAL, model.config["size"])
-    if world > 1:                                   # ranks saw other images, so their batch-norm statistics differ
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    results = evaluate.read_batches(model.eval(), batches, precision)
-    if world > 1:
-        shards = [None] * world
-        dist.all_gather_object(shards, results)
-        results = [sum(column, []) for column in zip(*shards)]
-    trues, preds, _, losses = results
-    return evaluate.metrics(trues, preds), float(np.mean(losses or [math.nan]))
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", help="folder with train inside, or of labelled crops (default: drawn plates alone)")
-    add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
-    add("--model", default="small", choices=list(RECIPES), help="network (default: %(default)s)")
-    add("--rnn", default="lstm", choices=["lstm", "gru"], help="recurrent layer (default: %(default)s)")
-    add("--bidirectional", action=argparse.BooleanOptionalAction, help="read both ways (default: small yes, notebook no)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: small 32 128, notebook 96 448)")
-    add("--alphabet", help="the characters of other people's plates, or a file that holds them (default: Chinese plates)")
-    add("--epochs", type=int, help="passes over the files, of 20,000 images at least (default: small 32, notebook 5)")
-    add("--batch-size", type=int, default=128, help="images a step, over all processes (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate (default: small 2e-3, notebook 3e-4)")
-    add("--weight-decay", type=float, help="(default: small 0.02, notebook 1e-4)")
-    add("--synthetic", type=float, metavar="F", help="share of each batch that is drawn (default: small 0.5, notebook 0; 1 without --data)")
-    add("--augment", action=argparse.BooleanOptionalAction, help="photograph the crops anew (default: small yes, notebook no)")
-    add("--val", type=float, default=0.05, metavar="F", help="share of the training plates that chooses the best weights (default: %(default)s)")
-    add("--workers", type=int, help="threads that decode files (default: one a core)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: the fastest the device computes)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--init", metavar="CKPT", help="start from these weights (fine-tune)")
-    add("--resume", action="store_true", help="go on after the last complete epoch of --out")
-    args = parser.parse_args(argv)
-    for name, value in RECIPES[args.model].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.alphabet:
-        path = Path(args.alphabet)
-        args.alphabet = "".join(dict.fromkeys((path.read_text("utf8") if path.is_file() else args.alphabet).split("\n")[0].strip()))
-        args.synthetic = 0.0
-    args.synthetic = args.synthetic if args.data else 1.0
-    if not 0 <= args.synthetic <= 1 or not 0 <= args.val < 1 or args.batch_size < 2 or args.epochs < 1:
-        parser.error("--synthetic and --val are shares from 0 to 1, --batch-size is at least 2 and --epochs at least 1")
-    if not args.data and args.alphabet:
-        parser.error("--alphabet: only Chinese plates can be drawn; give labelled crops with --data")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    # a batch queue or a spot machine ends a run with SIGTERM; Ctrl-C is SIGINT
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    crnn.keep_memory()
-    try:
-        train(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def join_processes(args):
-    """(rank, number of processes, device) of this one; torchrun sets the environment that says so."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = crnn.pick_device(args.device)
-    if world > 1:
+def join_processes(device):
+    """(rank, world_size, device) of this process. torchrun says in the environment which it is."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return rank, world_size, device
 
 
-def check_writable(out):
-    """Raise ValueError now, not after the first epoch, where `out` cannot be written."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-        if out.is_dir():
-            raise OSError(0, "it is a folder")
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+def ask_first(question, run):
+    """What question() returns in the first process, for all; what it raises is raised in all."""
+    answer = [None]
+    if run.rank == 0:
+        try:
+            answer = [question()]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    if run.world_size > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
-def build(args, device):
-    """The network on its device, new or from --init, and its optimizer."""
-    alphabet = args.alphabet or data.ALPHABET
-    if args.init:
-        model, _ = crnn.load_checkpoint(args.init, data.ALPHABET)
-        if model.config["alphabet"] != alphabet:
-            raise ValueError(f"{args.init}: its alphabet is another one; give the same with --alphabet")
-    else:
-        model = crnn.CRNN(alphabet, args.model, args.size, args.rnn, args.bidirectional)
-    model.to(device, memory_format=torch.channels_last)
-    if args.model == "notebook":
-        return model, torch.optim.Adam(model.parameters(), args.lr, amsgrad=True, weight_decay=args.weight_decay)
-    return model, torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type != "mps")
+def gather(value, run):
+    """The values of all processes, as a list."""
+    values = [value] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def load_crops(args, model, rank):
-    """The labelled crops of --data whose labels fit the network: (PlateDataset, indices to train on, indices to validate on)."""
-    paths, texts = data.find_crops(data.split_folder(args.data, "train"), model.config["alphabet"], quiet=rank > 0)
-    fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= model.steps]
-    if len(fits) < len(texts) and rank == 0:
-        print(f"warning: {len(texts) - len(fits):,} labels need more than the {model.steps} time steps of this size; left out", file=sys.stderr)
-    dataset = data.PlateDataset([paths[k] for k in fits], [texts[k] for k in fits], model.config["size"], args.workers)
-    train_ids, val_ids = split_validation(dataset.texts, args.val)
-    if not train_ids:
-        raise ValueError(f"{args.data}: no crops are left to train on; add some, or lower --val")
+def build_network(args):
+    """A new network, or that of --init. Raises ValueError if --init and another flag disagree."""
+    options = {"size": args.size, "rnn": args.rnn, "bidirectional": args.bidirectional}
+    options = {name: value for name, value in options.items() if value is not None}
+    if not args.init:
+        return crnn.NETWORKS[args.model or "small"](args.alphabet or data.ALPHABET, **options)
+    network, _ = crnn.load_checkpoint(args.init, data.ALPHABET)
+    if args.model:
+        options["preset"] = args.model
+    if args.alphabet:
+        options["alphabet"] = args.alphabet
+    for name, value in options.items():
+        if value != network.config[name]:
+            flag = "--model" if name == "preset" else f"--{name}"
+            raise ValueError(f"{args.init}: has {flag} {network.config[name]}; drop {flag} {value}")
+    return network
+
+
+class Run:
+    """One process's view of a run. What it has learnt so far is what --resume restores."""
+
+    def __init__(self, args):
+        self.args = args
+        device = crnn.pick_device(args.device)
+        self.rank, self.world_size, self.device = join_processes(device)
+        self.precision = crnn.pick_precision(args.precision, device)
+        torch.manual_seed(args.seed)
+        self.network = build_network(args).to(self.device, memory_format=torch.channels_last)
+        self.alphabet = self.network.config["alphabet"]
+        self.recipe = dict(RECIPES[self.network.config["preset"]])
+        for name in ("epochs", "batch_size", "lr", "weight_decay", "augment"):
+            if getattr(args, name) is None:
+                setattr(args, name, self.recipe[name])
+            self.recipe[name] = getattr(args, name)
+        self.parallel = self.network
+        if self.world_size > 1:
+            self.parallel = torch.nn.parallel.DistributedDataParallel(self.network)
+        # what it has learnt
+        self.average = copy.deepcopy(self.network).to(self.device)  # .to() packs an LSTM's weights
+        self.optimizer = make_optimizer(self.network, self.recipe, self.device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.epoch = 0  # whole epochs done
+        self.best = None  # the best [Levenshtein, loss] on the validation images
+        self.history = []  # a row an epoch
+        self.minutes = 0.0
+        # what it has not
+        self.bad_steps = 0  # in a row
+        self.begin = time.time()
+
+    def say(self, *words, **options):
+        """Print, in the first process."""
+        if self.rank == 0:
+            print(*words, flush=True, **options)
+
+    def state(self):
+        """What was learnt, in plain types."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+            "minutes": self.minutes,
+            "args": vars(self.args),
+        }
+
+    def restore(self, state):
+        """Continue where `state` was taken."""
+        self.network.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty if that run had another precision
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch = state["epoch"]
+        self.best = state["best"]
+        self.history = state["history"]
+        self.minutes = state.get("minutes", 0.0)
+        self.begin -= 60 * self.minutes
+
+
+# ---------------------------------------------------------------------------------------
+# The images
+
+
+def load_crops(run):
+    """The crops of --data whose labels fit the network: (dataset, train_ids, val_ids)."""
+    args = run.args
+    folder = data.split_folder(args.data, "train")
+    paths, texts = data.find_crops(folder, run.alphabet, quiet=run.rank > 0)
+    steps = run.network.steps
+    fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= steps]
+    if len(fits) < len(texts):
+        count = len(texts) - len(fits)
+        run.say(f"warning: {count:,} labels left out; they need more than {steps} time steps")
+    paths = [paths[k] for k in fits]
+    texts = [texts[k] for k in fits]
+    # half of the free memory, shared by the processes of this machine
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
+    cache_bytes = data.free_memory() // 2 // neighbours
+    dataset = data.PlateDataset(paths, texts, run.network.config["size"], cache_bytes)
+    train_ids, val_ids = data.split_validation(texts, args.val)
+    if len(train_ids) < run.world_size:
+        raise ValueError(f"{args.data}: too few crops to train on; add crops whose labels fit")
     return dataset, train_ids, val_ids
 
 
-def read_state(path, args):
-    """What an earlier run with the same arguments saved after its last whole epoch."""
+def count_synthetic(run, crops):
+    """How many images of a batch are synthetic, if there are `crops` crops to train on."""
+    args = run.args
+    can_draw = set(data.ALPHABET) <= set(run.alphabet)
+    if not can_draw and (args.synthetic or not crops):
+        raise ValueError("--alphabet: only Chinese plates can be drawn; give crops with --data")
+    if not crops:
+        return args.batch_size
+    share = args.synthetic
+    if share is None and run.recipe["synthetic"] and can_draw:
+        images = max(EPOCH, crops) * args.epochs
+        share = 1 - min(MOST_CROPS, MOST_VIEWS * crops / images)
+    return round((share or 0) * args.batch_size)
+
+
+def province_prior(texts, alphabet):
+    """(C,) float32: how much likelier than usual each province is in `texts`, as a logarithm.
+
+    0 for all other classes. Training adds it to the logits of crops, and reading goes without
+    it. So the network learns what a province looks like, and not how many photographs came from
+    there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
+    counts = Counter(text[:1] for text in texts)
+    smallest = 0.001 * len(texts)  # for provinces that no crop shows
+    numbers = [0.0]  # the blank's
+    for char in alphabet:
+        numbers.append(counts[char] + smallest if char in data.PROVINCES else 0.0)
+    share = torch.tensor(numbers) / max(1e-9, sum(numbers))
+    entropy = torch.special.entr(share).sum()
+    return torch.where(share > 0, share.log() + entropy, 0)
+
+
+class Images:
+    """The images of one process: for each step its part of the crops and of the synthetic plates.
+
+    Each process has crops of its own, so that each is decoded once and kept in one memory."""
+
+    def __init__(self, run):
+        self.run = run
+        self.size = run.network.config["size"]
+        self.workers = run.args.workers or data.count_cpus()
+        # MPS lacks some of the camera's operations
+        self.device = torch.device("cpu") if run.device.type == "mps" else run.device
+        self.dataset = None
+        self.train_ids = []
+        self.val_ids = []
+        if run.args.data:
+            self.dataset, self.train_ids, self.val_ids = load_crops(run)
+        synthetic = count_synthetic(run, len(self.train_ids))
+        crops = run.args.batch_size - synthetic
+        if 0 < crops < run.world_size or 0 < synthetic < run.world_size:
+            raise ValueError(f"--batch-size {run.args.batch_size}: too small for all processes")
+        steps = EPOCH / run.args.batch_size
+        if crops:
+            steps = max(steps, len(self.train_ids) / crops)
+        self.steps = math.ceil(steps)
+        self.crops = len(range(run.rank, crops, run.world_size))
+        self.synthetic = len(range(run.rank, synthetic, run.world_size))
+        self.glyphs = None
+        if synthetic:
+            self.glyphs = data.load_glyphs(data.glyph_height(self.size), self.device)
+        prior_texts = [self.dataset.texts[k] for k in self.train_ids]
+        if not run.recipe["province_prior"]:
+            prior_texts = []
+        self.prior = province_prior(prior_texts, run.alphabet).to(run.device)
+        self.synthetic_val = None
+
+    def crop_batches(self, epoch):
+        """Yield (images, texts) of the crops of each step: each crop once, then each again."""
+        seed = data.make_seed(self.run.args.seed, epoch, self.run.rank)
+        shuffle = np.random.default_rng(seed)
+        mine = self.train_ids[self.run.rank :: self.run.world_size]
+        order = []
+        while len(order) < self.steps * self.crops:
+            order += shuffle.permutation(mine).tolist()
+        if not self.crops:
+            return iter([(None, [])] * self.steps)
+        batches = data.in_batches(order, self.crops)[: self.steps]
+        return data.load_batches(self.dataset, batches, self.workers)
+
+    @torch.no_grad()
+    def make_batch(self, crops, texts, rng):
+        """(images uint8 (B, 3, *size), texts): the crops, augmented, then synthetic plates."""
+        parts = []
+        if texts:
+            if self.device.type == "cuda":
+                crops = crops.pin_memory()
+            crops = crops.to(self.device, non_blocking=True)
+            if self.run.args.augment:
+                crops = data.camera(crops, self.size, rng, data.CROP_STRENGTH)
+            parts.append(crops)
+        if self.synthetic:
+            plates, new_texts = data.draw_plates(self.synthetic, self.size, rng, self.glyphs)
+            parts.append(plates)
+            texts = texts + new_texts
+        if not parts:
+            # No file of this step could be read. But every process takes every step, or the
+            # others would wait for ever: a black image with no text, whose loss counts nothing.
+            parts.append(torch.zeros(1, 3, *self.size, dtype=torch.uint8))
+            texts = [""]
+        return torch.cat(parts), texts
+
+    def training_batches(self, epoch):
+        """Yield (images, texts, number of crops) for each step of an epoch.
+
+        All that is random in a step follows from (seed, epoch, step, rank), dropout as well."""
+        for step, (crops, texts) in enumerate(self.crop_batches(epoch)):
+            seed = data.make_seed(self.run.args.seed, epoch, step, self.run.rank)
+            torch.manual_seed(seed)
+            rng = data.RandomNumbers(seed, self.device)
+            images, all_texts = self.make_batch(crops, texts, rng)
+            yield images.to(self.run.device), all_texts, len(texts)
+
+    def validation_batches(self):
+        """The batches of (images, texts) that this process validates on."""
+        if self.dataset:
+            mine = self.val_ids[self.run.rank :: self.run.world_size]
+            return data.load_batches(self.dataset, data.in_batches(mine, 256), self.workers)
+        if self.run.rank > 0:
+            return []
+        if self.synthetic_val is None:
+            batches = data.synthetic_batches(*evaluate.SYNTHETIC_VAL, self.size)
+            self.synthetic_val = list(batches)
+        return self.synthetic_val
+
+
+# ---------------------------------------------------------------------------------------
+# Learning
+
+
+def learning_rate(step, steps, recipe):
+    """The learning rate of step number `step` of `steps`."""
+    warmup = min(recipe["warmup"], steps // 5)
+    # 1) a linear warm-up
+    if step < warmup:
+        return recipe["lr"] * (step + 1) / (warmup + 1)
+    # 2) then it stays, in the notebook's recipe
+    if not recipe["decay"]:
+        return recipe["lr"]
+    # 3) or it falls along half a cosine to nothing (Loshchilov and Hutter, 2017)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return recipe["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(network, recipe, device):
+    """The optimizer that the recipe names."""
+    options = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}
+    if recipe["optimizer"] == "adam-amsgrad":
+        return torch.optim.Adam(network.parameters(), amsgrad=True, **options)
+    return torch.optim.AdamW(network.parameters(), fused=device.type != "mps", **options)
+
+
+def batch_loss(logits, texts, alphabet, crops, prior):
+    """The mean CTC loss a character. The first `crops` images have the prior added (C,)."""
+    is_crop = torch.arange(len(texts), device=logits.device) < crops  # (B,)
+    logits = logits + prior * is_crop.unsqueeze(1)  # (T, B, C)
+    loss = crnn.ctc_loss(logits, texts, alphabet).mean()
+    return loss if any(texts) else 0 * loss
+
+
+def take_step(run, loss, rate):
+    """Backward and step. Returns whether the gradients were numbers.
+
+    Raises ValueError if they were none for many steps in a row."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad(set_to_none=True)
+    # float16 loses small gradients, so the scaler enlarges the loss; it does nothing otherwise
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)  # the true gradients, before they are measured
+    # CTC's first gradients are large: without a limit they throw the weights far away
+    norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), run.recipe["clip"])
+    # the norm is the same in all processes, so that they skip together
+    is_number = bool(torch.isfinite(norm))
+    if is_number or run.scaler.is_enabled():
+        run.scaler.step(run.optimizer)  # an enabled scaler skips by itself
+    run.scaler.update()
+    run.bad_steps = 0 if is_number else run.bad_steps + 1
+    if run.bad_steps == BAD_STEPS:
+        raise ValueError(f"{BAD_STEPS} steps in a row gave no number as loss; lower --lr")
+    return is_number
+
+
+@torch.no_grad()
+def move_average(average, network, share):
+    """Move the averaged weights and batch-norm statistics by `share` towards the network's."""
+    averaged = [value for value in average.state_dict().values() if value.is_floating_point()]
+    current = [value for value in network.state_dict().values() if value.is_floating_point()]
+    torch._foreach_lerp_(averaged, current, share)  # all in one launch on a GPU
+
+
+def mean(losses):
+    """The mean of a list of tensors with one number each."""
+    return torch.stack(losses).mean().item() if losses else math.nan
+
+
+class Log:
+    """The lines about the training images, each over the steps since the line before."""
+
+    def __init__(self, run):
+        self.run = run
+        self.losses = []  # of the whole epoch
+        self.images = 0  # of the whole epoch
+        self.start_line()
+
+    def start_line(self):
+        self.start = time.time()
+        self.first_step = len(self.losses)
+        self.first_image = self.images
+        self.recent = deque(maxlen=10)
+
+    def add(self, loss, texts, logits):
+        self.losses.append(loss.detach())  # made a number only to print it: a GPU goes on
+        self.recent.append((texts, logits.detach()))
+        self.images += sum(map(bool, texts))
+
+    def is_due(self, step):
+        return step % LOG_STEPS == 0 or time.time() - self.start > LOG_SECONDS
+
+    def write_line(self, step, steps_left):
+        trues = []
+        preds = []
+        for texts, logits in self.recent:
+            trues += texts
+            preds += crnn.greedy_decode(logits, self.run.alphabet)
+        scores = evaluate.metrics(trues, preds)
+        seconds = time.time() - self.start
+        speed = (self.images - self.first_image) * self.run.world_size / seconds
+        steps_a_minute = (len(self.losses) - self.first_step) / seconds * 60
+        self.run.say(
+            f"epoch {self.run.epoch + 1} step {step:5,}  "
+            f"loss {mean(self.losses[self.first_step :]):6.3f}  "
+            f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
+            f"Levenshtein {scores['levenshtein']:.3f}  "
+            f"{speed:,.0f} images/s  {steps_left / steps_a_minute:.1f} min left"
+        )
+        if not any(preds):
+            self.run.say(
+                "  every prediction is still blank: CTC's normal first phase; it ends within "
+                "about 20,000 images (the notebook's network: 80,000)"
+            )
+        self.start_line()
+
+
+def train_epoch(run, images):
+    """One epoch: for each batch forward, loss, backward, step. Returns its Log."""
+    log = Log(run)
+    all_steps = run.args.epochs * images.steps
+    for step, (pixels, texts, crops) in enumerate(images.training_batches(run.epoch), 1):
+        # the schedule follows the steps of the whole run, so that --resume finds its place
+        done = run.epoch * images.steps + step
+        # dropout on, and batch-norm by the batch's own statistics
+        run.network.train()
+        # half precision for the network alone; the loss sums over paths and needs float32
+        with crnn.autocast(run.device, run.precision):
+            # through DistributedDataParallel, which adds up the gradients of all processes
+            logits = run.parallel(pixels)  # (T, B, C)
+        loss = batch_loss(logits, texts, run.alphabet, crops, images.prior)
+        # a step whose gradients are no numbers must not reach the average either
+        if take_step(run, loss, learning_rate(done - 1, all_steps, run.recipe)):
+            # the first weights are far off, so the average first forgets them fast
+            share = max(1 / run.recipe["average"], 9 / (9 + done))
+            move_average(run.average, run.network, share)
+        log.add(loss, texts, logits)
+        if log.is_due(step) or step == images.steps:
+            log.write_line(step, all_steps - done)
+    if not any(gather(log.images, run)):
+        raise ValueError(f"{run.args.data}: no crop in it can be read; check the files")
+    return log
+
+
+def validate(run, images):
+    """The scores of the averaged weights on the validation images, and the mean loss.
+
+    Both are over the images of all processes. The averaged weights are those that are kept."""
+    if run.world_size > 1:
+        for buffer in run.average.buffers():  # each process has its own batch-norm statistics
+            dist.broadcast(buffer, 0)
+    batches = images.validation_batches()
+    results = evaluate.read_batches(run.average.eval(), batches, run.precision)
+    trues, preds, _, losses = (sum(parts, []) for parts in zip(*gather(results, run)))
+    return evaluate.metrics(trues, preds) | {"val_loss": float(np.mean(losses or [math.nan]))}
+
+
+def finish_epoch(run, images, log):
+    """Validate, print the epoch's line, save."""
+    scores = validate(run, images)
+    run.epoch += 1
+    run.minutes = (time.time() - run.begin) / 60
+    seen = run.epoch * images.steps * run.args.batch_size
+    row = {"epoch": run.epoch, "images": seen, "minutes": round(run.minutes, 2)}
+    row |= {"loss": mean(log.losses)} | scores
+    run.history.append(row)
+    line = f"=== epoch {run.epoch:3}  loss {row['loss']:7.4f}  "
+    if row["n"]:
+        line += f"val loss {row['val_loss']:7.4f}  accuracy {row['accuracy']:.4f}  "
+        line += f"CER {row['cer']:.5f}  Levenshtein {row['levenshtein']:.4f}  "
+    line += f"{run.minutes:.1f} min"
+    if images.dataset and images.dataset.unreadable:
+        line += f"  ({len(images.dataset.unreadable):,} unreadable files left out)"
+    run.say(line)
+    if run.rank == 0:
+        save_epoch(run, row)
+
+
+# ---------------------------------------------------------------------------------------
+# Files
+
+
+def companion(out, suffix):
+    """The path of another file of the run that writes `out`: ckpt.pth has ckpt.csv beside it."""
+    return Path(out.removesuffix(".pth") + suffix)
+
+
+def check_writable(out):
+    """Raise ValueError now, and not after the first epoch, if `out` cannot be written."""
+    folder = Path(out).parent
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["args"]
-    except Exception as error:                      # torch.load raises all sorts for broken files
-        raise ValueError(f"{path}: not a whole state of train.py ({str(error).splitlines()[0][:80]}); drop --resume to start anew") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another") from None
+    if Path(out).is_dir():
+        raise ValueError(f"{out}: is a folder; choose another --out")
+
+
+def read_state(args):
+    """What an earlier run with the same arguments saved after its last whole epoch, or None."""
+    path = companion(args.out, ".state.pth")
+    if not path.exists():
+        print(f"{path}: nothing to resume; starting from the beginning")
+        return None
+    state = crnn.read_content(path)
+    parts = {"model", "ema", "optimizer", "scaler", "epoch", "best", "history", "args"}
+    if not isinstance(state, dict) or not parts <= set(state):
+        raise ValueError(f"{path}: not a state of train.py; drop --resume to start anew")
     for name, value in vars(args).items():
-        if name not in FREE_TO_CHANGE and before.get(name) != value:
-            raise ValueError(f"{path}: that run had --{name.replace('_', '-')} {before.get(name)}, this one {value}; give the same or drop --resume")
+        before = state["args"].get(name)
+        if name not in MAY_CHANGE and before != value:
+            flag = f"--{name.replace('_', '-')}"
+            cure = "give the same or drop --resume"
+            raise ValueError(f"{path}: {flag} was {before}, now it is {value}; {cure}")
     return state
 
 
+def save_epoch(run, row):
+    """Write the state and the history, and the averaged weights if they are the best so far.
+
+    The best are those of the smallest Levenshtein distance; without validation, the last."""
+    out = run.args.out
+    score = [row["levenshtein"], row["val_loss"]] if row["n"] else [-row["epoch"], 0.0]
+    if run.best is None and Path(out).exists():
+        os.replace(out, f"{out}.bak")
+        print(f"{out}: the one of an earlier run is now {out}.bak")
+    if run.best is None or score <= run.best:
+        run.best = score
+        checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row)
+        crnn.save_atomically(checkpoint, out)
+    crnn.save_atomically(run.state(), companion(out, ".state.pth"))
+    with open(companion(out, ".csv"), "w", encoding="utf8", newline="") as file:
+        table = csv.DictWriter(file, row)
+        table.writeheader()
+        table.writerows(run.history)
+
+
+# ---------------------------------------------------------------------------------------
+# The whole run
+
+
+def describe(run, images):
+    """The lines at the start."""
+    height, width = run.network.config["size"]
+    parameters = sum(parameter.numel() for parameter in run.network.parameters())
+    validation = f"{evaluate.SYNTHETIC_VAL[0]:,} synthetic plates"
+    if images.dataset:
+        validation = f"{len(images.val_ids):,} crops"
+    if images.dataset and not images.val_ids:
+        validation = "none, so the last weights are kept"
+    return (
+        f"{run.network.config['preset']} {height} x {width}, {parameters:,} parameters, "
+        f"{len(run.alphabet)} characters, {run.device} {run.precision}, "
+        f"{run.world_size} process(es)\n"
+        f"training on {len(images.train_ids):,} crops, {images.synthetic} of "
+        f"{images.synthetic + images.crops} images a step synthetic; validation: {validation}\n"
+        f"{run.args.epochs} epochs of {images.steps:,} steps of {run.args.batch_size} images\n"
+    )
+
+
 def train(args):
-    """The whole run. Raises ValueError or OSError with one sentence where the user can mend something."""
-    rank, world, device = join_processes(args)
-    say = print if rank == 0 else lambda *_, **__: None
-    precision = crnn.pick_precision(args.precision, device)
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(args.seed)
-    out, state_path = Path(args.out), Path(args.out).with_suffix(".state.pth")
-    if rank == 0:
-        check_writable(out)
-    model, optimizer = build(args, device)
-    ema, size, alphabet = copy.deepcopy(model), model.config["size"], model.config["alphabet"]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    network = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
-    plain = args.model == "notebook"                # no averaging, no clipping, as the notebook trained
-
-    # the images
-    dataset, train_ids, val_ids = load_crops(args, model, rank) if args.data else (None, [], [])
-    prior = province_prior([] if plain else [dataset.texts[k] for k in train_ids], alphabet).to(device)
-    drawn = round(args.batch_size * args.synthetic)
-    real = args.batch_size - drawn
-    steps = max(math.ceil(len(train_ids) / max(1, real)), math.ceil(EPOCH / args.batch_size))
-    easel = torch.device("cpu") if device.type == "mps" else device         # MPS lacks some of the camera's operations
-    glyphs = data.load_glyphs(data.glyph_height(size), easel) if drawn else None
-    validation = f"{evaluate.DRAWN_VAL[0]:,} drawn plates"
-    if dataset:
-        validation = f"{len(val_ids):,} crops" if val_ids else "none: the last weights are kept"
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{model.config['preset']} {size[0]} x {size[1]}, {parameters:,} parameters, {device} {precision}, {world} process(es)")
-    say(f"training on {len(train_ids):,} crops, {drawn} of every {args.batch_size} images drawn; validation: {validation}")
-    if dataset:
-        say(f"decoded crops take {dataset.bytes / 1e9:.2f} GB " + ("of memory, kept after the first epoch" if dataset.cached else
-            "and do not fit in half of the free memory: files are decoded in every epoch"))
-    say(f"{args.epochs} epochs of {steps:,} steps of {args.batch_size} images\n")
-
-    first, best, history = 0, None, []
-    if args.resume and state_path.exists():
-        state = read_state(state_path, args)
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
-        first, best, history = state["epoch"], state["best"], state["history"]
-        say(f"resumed after epoch {first}")
-    elif args.resume:
-        say(f"{state_path}: nothing to resume; starting from the beginning")
-
-    begin, bad = time.time(), 0
+    """The whole run. Raises ValueError or OSError with one sentence the user can act on."""
+    torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
+    run = Run(args)
+    ask_first(lambda: check_writable(args.out), run)
+    images = Images(run)
+    run.say(describe(run, images))
+    if args.resume:
+        state = ask_first(lambda: read_state(args), run)
+        if state:
+            run.restore(state)
+            run.say(f"resumed after epoch {run.epoch}")
     try:
-        for epoch in range(first, args.epochs):
-            losses, recent, clock, window = [], deque(maxlen=10), time.time(), 0
-            # one order for all ranks, each takes every world-th image of a batch
-            shuffle = np.random.default_rng(seed_of(args.seed, epoch))
-            passes = math.ceil(steps * real / len(train_ids)) if train_ids else 0
-            order = np.concatenate([[], *(shuffle.permutation(train_ids) for _ in range(passes))]).astype(int)
-            batches = [order[k * real:(k + 1) * real][rank::world].tolist() for k in range(steps)]
-            files = data.loader(dataset, batches) if real else ((None, []) for _ in range(steps))
-            for k, (images, texts) in enumerate(files):
-                step = epoch * steps + k
-                seed = seed_of(args.seed, epoch, k, rank)
-                torch.manual_seed(seed)             # dropout's
-                generator = torch.Generator(easel).manual_seed(seed)
-                crops = len(texts)
-                images, texts = make_batch(images, texts, len(range(rank, drawn, world)), size, generator, glyphs, args.augment)
-                network.train()
-                with crnn.autocast(device, precision):
-                    logits = network(images.to(device))
-                # crops come first in the batch
-                shift = prior * (torch.arange(len(texts), device=device) < crops).unsqueeze(1)          # (B, C)
-                loss = batch_loss(logits + shift, texts, alphabet)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args.epochs * steps, args)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if plain else 5.0)
-                # the norm is the same on all ranks, so that they skip together
-                bad = 0 if torch.isfinite(norm) else bad + 1
-                if scaler.is_enabled() or not bad:
-                    scaler.step(optimizer)
-                scaler.update()
-                if not bad:
-                    average(ema, model, 1.0 if plain else max(1 / 500, 9 / (10 + step)))
-                    losses.append(loss.item())
-                elif bad >= BAD_STEPS:
-                    raise ValueError(f"{BAD_STEPS} steps in a row gave a loss that is no number; "
-                                     f"the best weights are kept in {out}; lower --lr, now {args.lr:g}")
-                window += len(texts)
-                recent.append((texts, logits.detach()))
-                if (k + 1) % LOG_EVERY == 0 or k == steps - 1 or time.time() - clock > LOG_SECONDS:
-                    speed = window * world / (time.time() - clock)
-                    left = (args.epochs * steps - step - 1) * args.batch_size / speed
-                    preds = [text for _, some in recent for text in crnn.greedy_decode(some, alphabet)]
-                    m = evaluate.metrics([text for some, _ in recent for text in some], preds)
-                    say(f"epoch {epoch + 1} step {k + 1:5,}  loss {np.mean(losses[-LOG_EVERY:]):6.3f}  accuracy {m['accuracy']:.4f}  "
-                        f"CER {m['cer']:.4f}  Levenshtein {m['levenshtein']:.3f}  {speed:,.0f} images/s  {left / 60:.1f} min left", flush=True)
-                    if not any(preds):
-                        say("  every prediction is still blank: CTC's normal first phase; "
-                            "it ends within about 20,000 images (the notebook's network: 80,000)")
-                    clock, window = time.time(), 0
-
-            # the averaged weights are what is judged and kept
-            m, val_loss = validate(ema, dataset, val_ids, precision, rank, world)
-            row = dict(epoch=epoch + 1, images=(epoch + 1) * steps * args.batch_size, minutes=round((time.time() - begin) / 60, 2),
-                       loss=float(np.mean(losses or [math.nan])), val_loss=val_loss, **m)
-            history.append(row)
-            if rank == 0:
-                unread = f"  ({len(dataset.bad)} unreadable files left out)" if dataset and dataset.bad else ""
-                say(f"=== epoch {epoch + 1:3}  loss {row['loss']:7.4f}  val loss {row['val_loss']:7.4f}  accuracy {m['accuracy']:.4f}  "
-                    f"CER {m['cer']:.5f}  Levenshtein {m['levenshtein']:.4f}  {row['minutes']:.1f} min{unread}", flush=True)
-                score = [m["levenshtein"], row["val_loss"]] if m["n"] else [-epoch, 0]
-                if best is None or score <= best:
-                    best = score
-                    crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics=row), out)
-                state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                             epoch=epoch + 1, best=best, history=history, args=vars(args))
-                crnn.save_atomically(state, state_path)
-                with open(out.with_suffix(".csv"), "w", encoding="utf8", newline="") as file:
-                    table = csv.DictWriter(file, row)
-                    table.writeheader()
-                    table.writerows(history)
-    except BaseException:                           # Ctrl-C, SIGTERM, a run that diverged: what there is stays usable
-        if rank == 0 and best is None:
-            crnn.save_atomically(crnn.checkpoint(ema, args=vars(args), metrics={}), out)
-        say(f"\nstopped; {out} holds the best weights so far; --resume goes on after the last whole epoch", file=sys.stderr)
+        while run.epoch < args.epochs:
+            log = train_epoch(run, images)
+            finish_epoch(run, images, log)
+    except BaseException:  # Ctrl-C, a signal, a loss that is no number
+        kept = "no epoch was complete, so nothing was written"
+        if run.best:
+            kept = f"{args.out} holds the best weights so far; --resume goes on from there"
+        run.say(f"\nstopped; {kept}", file=sys.stderr)
         raise
-    say(f"\n{out}: the weights with the best validation Levenshtein. Next: python evaluate.py {out}")
+    run.say(f"\n{args.out}: the best weights. Next: python evaluate.py {args.out}")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    count = data.positive_int
+    add("--data", help="labelled crops, or a folder with train inside (default: synthetic plates)")
+    add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
+    add("--model", choices=list(RECIPES), help="network (default: small, or that of --init)")
+    add("--rnn", choices=["lstm", "gru"], help="recurrent layer (default: lstm)")
+    add("--bidirectional", action=switch, help="read both ways (default: only small)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: 32 128; notebook 96 448)")
+    add("--alphabet", type=data.read_alphabet, help="other labels' characters, or a file of them")
+    add("--epochs", type=count, help="of 20,000 images at least (default: 32; notebook 5)")
+    add("--batch-size", type=count, help="of all processes (default: 64; notebook 128)")
+    add("--lr", type=float, help="highest learning rate (default: 2e-3; notebook 3e-4)")
+    add("--weight-decay", type=float, help="(default: 0.02; notebook 1e-4)")
+    add(
+        "--synthetic",
+        type=float,
+        metavar="F",
+        help="share of the images (default: by the number of crops; notebook 0)",
+    )
+    add("--augment", action=switch, help="the camera on crops too (default: only small)")
+    add(
+        "--val",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the plates that chooses the best weights (default: %(default)s)",
+    )
+    add("--workers", type=count, help="threads that decode files (default: one a core)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="(default: the fastest the device computes)",
+    )
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--init", metavar="CKPT", help="start from these weights")
+    add("--resume", action="store_true", help="go on after the last whole epoch of --out")
+    args = parser.parse_args(argv)
+    rules = {
+        "--synthetic is a share from 0 to 1": 0 <= (args.synthetic or 0) <= 1,
+        "--val is a share from 0 to less than 1": 0 <= args.val < 1,
+        "--batch-size is at least 2": (args.batch_size or 2) >= 2,
+        "--lr is a positive number": args.lr is None or 0 < args.lr < math.inf,
+        "--weight-decay is not negative": 0 <= (args.weight_decay or 0) < math.inf,
+        "--seed is not negative": args.seed >= 0,
+    }
+    for rule, is_kept in rules.items():
+        if not is_kept:
+            parser.error(rule)
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    with data.plain_errors():
+        try:
+            train(args)
+        except RuntimeError as error:
+            if not dist.is_initialized():
+                raise
+            reason = str(error).splitlines()[0][:100]
+            advice = "start all again with --resume"
+            raise ValueError(f"another process ended ({reason}); {advice}") from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    # a batch queue or a spot machine ends a run with SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
