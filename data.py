@@ -425,7 +425,7 @@ RIM = 20  # so much of the car is drawn around every plate
 CANVAS_WIDTH = 480 + 2 * RIM  # fits the widest plate
 CANVAS_HEIGHT = PLATE_HEIGHT + 2 * RIM
 OWN_SHARE = 0.9  # of the plates have the characters of real plates, the others ordinary typefaces
-NO_PLATES = 0.5  # of the strings, see random_text
+PRACTICE = 0.5  # of the strings that training draws, see random_text
 HANDFUL = {"cpu": 16, "cuda": 64}  # plates at a time: few fit a CPU's cache, many fill a GPU
 
 
@@ -450,13 +450,13 @@ def glyph_height(size):
     return round(1.25 * size[0])
 
 
-def random_text(plate_type, rng):
+def random_text(plate_type, rng, practice):
     """A random string of one of the type's patterns; every province is equally likely.
 
-    Half of the strings are no plates: they hold provinces in all places. It is practice for
-    the 31 characters that are hardest to tell apart, and otherwise stand once a plate."""
+    A share `practice` of the strings are no plates: they hold provinces in all places. It is
+    practice for the 31 characters that are hardest to tell apart, and stand only once a plate."""
     text = [rng.numbers.choice(chars) for chars in rng.numbers.choice(plate_type.patterns)]
-    if rng.happens(NO_PLATES):
+    if rng.happens(practice):
         for k in range(1, len(text)):
             if rng.happens(0.5):
                 text[k] = rng.numbers.choice(PROVINCES)
@@ -569,17 +569,17 @@ def paint(plate_type, texts, glyphs, rng):
     return canvas
 
 
-def draw_plates(count, size, rng, glyphs):
+def draw_plates(count, size, rng, glyphs, practice=0.0):
     """Pictures of `count` plates that do not exist: uint8 (count, 3, *size), and their strings.
 
-    glyphs: load_glyphs(glyph_height(size), rng.device)."""
+    glyphs: load_glyphs(glyph_height(size), rng.device). practice: see random_text."""
     shares = [plate_type.share for plate_type in PLATE_TYPES]
     counts = Counter(rng.numbers.choices(PLATE_TYPES, shares, k=count))
     texts = []
     canvases = []
     extents = []
     for plate_type, number in counts.items():
-        new_texts = [random_text(plate_type, rng) for _ in range(number)]
+        new_texts = [random_text(plate_type, rng, practice) for _ in range(number)]
         texts += new_texts
         canvases.append(paint(plate_type, new_texts, glyphs, rng))
         extents += [(plate_type.width / CANVAS_WIDTH, PLATE_HEIGHT / CANVAS_HEIGHT)] * number
@@ -956,11 +956,11 @@ def cut_frame(path, target_folder, rectify, margin):
     if target.exists():
         return "already there"
     image = open_image(path)
-    if rectify:
-        image, box = straighten(image, corners, margin)
     (x0, y0), (x1, y1) = box
     if x0 < 0 or y0 < 0 or x1 > image.width or y1 > image.height:
         raise ValueError("the box in its name lies outside the photograph")
+    if rectify:
+        image, ((x0, y0), (x1, y1)) = straighten(image, corners, margin)
     margin_x = round(margin * (x1 - x0))
     margin_y = round(margin * (y1 - y0))
     left_top = (max(0, x0 - margin_x), max(0, y0 - margin_y))
@@ -987,7 +987,9 @@ def crop(frames, out, rectify=False, margin=0.0):
             print(f"warning: {printable(path)}: skipped, {error}", file=sys.stderr)
             return "skipped"
 
-    paths = list_images(frames)
+    # the crops of an earlier run are no photographs
+    own = Path(out).resolve()
+    paths = [path for path in list_images(frames) if own not in path.resolve().parents]
     with ThreadPoolExecutor(count_cpus()) as pool:
         counts = Counter(show_progress(pool.map(cut, paths), len(paths), "photograph"))
     print(f"{out}: " + ", ".join(f"{count:,} {result}" for result, count in counts.most_common()))

@@ -183,11 +183,11 @@ def explain(network, path, out, precision="auto", grammar=None):
     width = STEP * len(logits)  # every time step stands below the columns it comes from
     crop = to_pil_image(image)
     crop = crop.resize((width, width * crop.height // crop.width))
-    page = Image.new("RGB", (width, crop.height + BARS + 230), "white")
+    pairs = crnn.candidates(logits, alphabet, plate_patterns(network, grammar))[:4]
+    page = Image.new("RGB", (width, crop.height + BARS + 80 + 38 * len(pairs)), "white")
     page.paste(crop)
     draw_steps(page, logits, alphabet, crop.height)
-    pairs = crnn.candidates(logits, alphabet, plate_patterns(network, grammar))
-    for row, (text, probability) in enumerate(pairs[:4]):
+    for row, (text, probability) in enumerate(pairs):
         y = crop.height + BARS + 72 + 38 * row
         picture = to_pil_image(data.text_picture(text, 32))
         page.paste(picture, (8, y))

@@ -307,7 +307,9 @@ class Images:
                 crops = data.camera(crops, self.size, rng, data.CROP_STRENGTH)
             parts.append(crops)
         if self.synthetic:
-            plates, new_texts = data.draw_plates(self.synthetic, self.size, rng, self.glyphs)
+            plates, new_texts = data.draw_plates(
+                self.synthetic, self.size, rng, self.glyphs, data.PRACTICE
+            )
             parts.append(plates)
             texts = texts + new_texts
         if not parts:
@@ -614,7 +616,12 @@ def train(args):
     if args.resume:
         state = ask_first(lambda: read_state(args), run)
         if state:
-            run.restore(state)
+            try:
+                run.restore(state)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+                path = companion(args.out, ".state.pth")
+                advice = "drop --resume to start anew"
+                raise ValueError(f"{path}: does not fit this network; {advice}") from None
             run.say(f"resumed after epoch {run.epoch}")
     try:
         while run.epoch < args.epochs:
