@@ -2,7 +2,7 @@
 
     python evaluate.py ckpt.pth                      # the test split of the data it learnt from
     python evaluate.py ckpt.pth --data DIR --csv predictions.csv --json metrics.json
-    python evaluate.py ckpt.pth --report DIR         # pictures of the errors, and where they are
+    python evaluate.py ckpt.pth --report DIR         # a page, DIR/report.html, with the errors
 
 A checkpoint that learnt from synthetic plates alone is, without --data, tested on 2,000 others,
 drawn from a seed that training never uses. Crops without a test folder are scored on those that
@@ -10,7 +10,10 @@ training left out for validation.
 """
 
 import argparse
+import base64
 import csv
+import html
+import io
 import itertools
 import json
 import math
@@ -20,6 +23,9 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import data
 import model as crnn
@@ -286,15 +292,23 @@ def print_scores(scores):
         print(f"{name:12} {right / total:.4f} over {total:,} plates that are {where}")
 
 
+def by_position(results):
+    """{place: (right characters, all)}, over reads of the right length."""
+    pairs = match_characters([r.true for r in results], [r.pred for r in results])
+    return count_right((place, a == b) for place, a, b in pairs)
+
+
+def by_first(results):
+    """{first character: (right reads, all)}: on Chinese plates that is the province."""
+    return count_right((result.true[:1], result.is_right) for result in results)
+
+
 def print_breakdown(scores):
     """Where the errors are: by place in the string, by first character, by confidence."""
-    results = scores["reads"]
-    _, trues, preds, _, _ = zip(*results)
-    places = count_right((place, a == b) for place, a, b in match_characters(trues, preds))
+    places = by_position(scores["reads"])
     line = "  ".join(f"{place} {a / b:.4f}" for place, (a, b) in places.items())
     print(f"by position  {line}")
-    firsts = count_right((result.true[:1], result.is_right) for result in results)
-    line = "  ".join(f"{char} {a}/{b}" for char, (a, b) in firsts.items())
+    line = "  ".join(f"{char} {a}/{b}" for char, (a, b) in by_first(scores["reads"]).items())
     print(f"by first     {line}")
     print(f"calibration  {scores['calibration_error']:.4f} expected error of the confidences")
 
@@ -318,16 +332,156 @@ def error_picture(result):
     return data.add_captions(data.read_image(result.source, (64, 256)), [truth, read])
 
 
-def write_report(folder, results):
-    """Write folder/predictions.csv and folder/errors.png, the most confident errors first."""
+# ---------------------------------------------------------------------------------------
+# The report: one page for any browser, with its pictures inside
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>TITLE</title>
+<style>
+body { font: 16px sans-serif; max-width: 64em; margin: 1em auto; padding: 0 1em;
+  overflow-wrap: anywhere }
+img { max-width: 100%; height: auto }
+div { overflow-x: auto }
+td, th { padding: 2px 12px 2px 0; text-align: left }
+#errors th { cursor: pointer; text-decoration: underline }
+</style>
+<h1>TITLE</h1>
+BODY
+<script>
+// a click on the head of a column sorts the errors by it
+const body = document.querySelector("#errors tbody")
+document.querySelectorAll("#errors th").forEach((head, k) => head.onclick = () => {
+  const text = row => row.cells[k].textContent
+  const rows = [...body.rows].sort((a, b) => text(a).localeCompare(text(b)))
+  body.append(...rows)
+})
+</script>
+"""
+
+
+def image_tag(picture):
+    """A picture uint8 (3, h, w) as HTML that holds the whole of it."""
+    buffer = io.BytesIO()
+    to_pil_image(picture).save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def html_table(name, heads, rows):
+    """Rows of cells as HTML."""
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div><table id="{name}">{table}</table></div>'
+
+
+def draw_chart(title, xs, ys):
+    """A line through the points (x, y), both axes from 0 on: a picture uint8 (3, 220, 420)."""
+    page = Image.new("RGB", (420, 220), "white")
+    draw = ImageDraw.Draw(page)
+    right = max(xs) or 1
+    top = max(ys) or 1
+    points = [(40 + 360 * x / right, 190 - 150 * y / top) for x, y in zip(xs, ys)]
+    draw.line(((40, 40), (40, 190), (400, 190)), "silver")
+    draw.line(points, "royalblue", 3)
+    draw.text((40, 10), f"{title}, 0 to {top:.4g}", "black", font_size=16)
+    draw.text((400, 194), f"{right:,.7g}", "grey", font_size=14, anchor="ra")
+    return pil_to_tensor(page)
+
+
+def draw_curves(checkpoint):
+    """Charts of the run that made a checkpoint, from the history beside it; none if it is gone."""
+    path = crnn.companion(checkpoint, ".csv")
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf8") as file:
+        rows = list(csv.DictReader(file))
+    images = [float(row["images"]) for row in rows]
+    charts = []
+    for name in ("loss", "accuracy", "cer"):
+        values = [float(row[name]) for row in rows]
+        charts.append(draw_chart(f"{name} by images seen", images, values))
+    return charts
+
+
+def draw_reliability(results):
+    """A chart of the share of right reads by confidence: on the diagonal, it can be trusted."""
+    bins = count_right((int(9.999 * r.confidence), r.is_right) for r in results)
+    bins = sorted(bins.items())
+    centres = [(k + 0.5) / 10 for k, _ in bins]
+    shares = [right / total for _, (right, total) in bins]
+    return draw_chart("right reads by confidence", centres, shares)
+
+
+def draw_confusions(results):
+    """The 20 commonest confusions, an error picture of each, with the pair and its count."""
+    example = {}
+    errors = [result for result in results if not result.is_right]
+    for result in errors:
+        for pair in confusions([result.true], [result.pred]):
+            example.setdefault(pair, result)
+    counts = confusions([r.true for r in errors], [r.pred for r in errors])
+    pictures = []
+    for (a, b), count in counts.most_common(20):
+        caption = data.text_picture(f"{a}-{b} {count}", 24)
+        pictures.append(data.add_captions(error_picture(example[a, b]), [caption]))
+    return pictures
+
+
+def error_rows(errors):
+    """The cells of each error: picture, true, read, confidence, province, first wrong place."""
+    rows = []
+    for result in errors:
+        pairs = zip(itertools.count(1), result.true, result.pred)
+        wrong = next((place for place, a, b in pairs if a != b), "length")
+        texts = (result.true, result.pred, f"{result.confidence:.4f}", result.true[:1], wrong)
+        cells = [html.escape(str(text)) for text in texts]
+        rows.append([image_tag(error_picture(result)), *cells])
+    return rows
+
+
+def write_report(folder, scores):
+    """Write folder/report.html, predictions.csv, and the pictures of the page as files."""
     os.makedirs(folder, exist_ok=True)
+    results = scores["reads"]
     write_table(Path(folder, "predictions.csv"), results)
     # confident errors tell the most: a wrong label, or something the network never learnt
     errors = [result for result in results if not result.is_right]
     errors.sort(key=lambda result: -result.confidence)
-    if errors:
-        pictures = [error_picture(result) for result in errors[:64]]
-        data.save_sheet(pictures, Path(folder, "errors.png"))
+    sheets = {
+        "curves.png": draw_curves(scores["checkpoint"]),
+        "reliability.png": [draw_reliability(results)],
+        "confusions.png": draw_confusions(results),
+        "errors.png": [error_picture(result) for result in errors[:64]],
+    }
+    for name, pictures in sheets.items():
+        if pictures:
+            data.save_sheet(pictures, Path(folder, name))
+    low, high = scores["interval"]
+    facts = [(name, f"{scores[name]:.4f}") for name in ("accuracy", "cer", "levenshtein")]
+    facts.append(("accuracy, 95% interval", f"{low:.4f} to {high:.4f}"))
+    facts.append(("calibration error", f"{scores['calibration_error']:.4f}"))
+    firsts = [(char, a, b) for char, (a, b) in by_first(results).items()]
+    places = [(place, a, b) for place, (a, b) in by_position(results).items()]
+    heads = ("picture", "true", "read", "confidence", "first character", "wrong place")
+    charts = sheets["curves.png"] + sheets["reliability.png"]
+    parts = [
+        html_table("scores", (), facts),
+        *map(image_tag, charts),
+        "<h2>Confusions</h2>",
+        *map(image_tag, sheets["confusions.png"]),
+        "<h2>By first character</h2>",
+        html_table("first", ("character", "right", "of"), firsts),
+        "<h2>By place</h2>",
+        html_table("place", ("place", "right", "of"), places),
+        "<h2>Errors</h2>",
+        html_table("errors", heads, error_rows(errors[:500])),
+    ]
+    title = html.escape(f"{scores['n']:,} {scores['source']}")
+    page = PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
+    Path(folder, "report.html").write_text(page, "utf8", errors="replace")
 
 
 def parse_arguments(argv):
@@ -340,7 +494,7 @@ def parse_arguments(argv):
     add("--split", default="test", help="which folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
-    add("--report", metavar="DIR", help="write pictures of the errors there, print where they are")
+    add("--report", metavar="DIR", help="write report.html and its pictures there")
     predict.reading_options(parser)
     return parser.parse_args(argv)
 
@@ -353,7 +507,7 @@ def main(argv=None):
         print_scores(scores)
         if args.report:
             print_breakdown(scores)
-            write_report(args.report, scores["reads"])
+            write_report(args.report, scores)
         if args.csv:
             write_table(args.csv, scores["reads"])
         if args.json:

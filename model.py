@@ -450,6 +450,11 @@ def make_checkpoint(network, **info):
     return {"model": weights, "config": network.config, **info}
 
 
+def companion(path, suffix):
+    """The path of another file of the run that writes `path`: ckpt.pth has ckpt.csv beside it."""
+    return Path(str(path).removesuffix(".pth") + suffix)
+
+
 def save_atomically(content, path):
     """torch.save that leaves the old file or the whole new one, whatever happens meanwhile.
 

@@ -526,11 +526,6 @@ def finish_epoch(run, images, log):
 # Files
 
 
-def companion(out, suffix):
-    """The path of another file of the run that writes `out`: ckpt.pth has ckpt.csv beside it."""
-    return Path(out.removesuffix(".pth") + suffix)
-
-
 def check_writable(out):
     """Raise ValueError now, and not after the first epoch, if `out` cannot be written."""
     folder = Path(out).parent
@@ -546,7 +541,7 @@ def check_writable(out):
 
 def read_state(args):
     """What an earlier run with the same arguments saved after its last whole epoch, or None."""
-    path = companion(args.out, ".state.pth")
+    path = crnn.companion(args.out, ".state.pth")
     if not path.exists():
         print(f"{path}: nothing to resume; starting from the beginning")
         return None
@@ -576,8 +571,8 @@ def save_epoch(run, row):
         run.best = score
         checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row)
         crnn.save_atomically(checkpoint, out)
-    crnn.save_atomically(run.state(), companion(out, ".state.pth"))
-    with open(companion(out, ".csv"), "w", encoding="utf8", newline="") as file:
+    crnn.save_atomically(run.state(), crnn.companion(out, ".state.pth"))
+    with open(crnn.companion(out, ".csv"), "w", encoding="utf8", newline="") as file:
         table = csv.DictWriter(file, row)
         table.writeheader()
         table.writerows(run.history)
@@ -619,7 +614,7 @@ def train(args):
             try:
                 run.restore(state)
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-                path = companion(args.out, ".state.pth")
+                path = crnn.companion(args.out, ".state.pth")
                 advice = "drop --resume to start anew"
                 raise ValueError(f"{path}: does not fit this network; {advice}") from None
             run.say(f"resumed after epoch {run.epoch}")
