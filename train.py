@@ -150,7 +150,7 @@ class Run:
         self.optimizer = make_optimizer(self.network, self.recipe, self.device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.epoch = 0  # whole epochs done
-        self.best = None  # the best [Levenshtein, loss] on the validation images
+        self.best = None  # the smallest [Levenshtein distance, loss] on the validation images
         self.history = []  # a row an epoch
         self.minutes = 0.0
         # what it has not
@@ -330,12 +330,16 @@ class Images:
             images, all_texts = self.make_batch(crops, texts, rng)
             yield images.to(self.run.device), all_texts, len(texts)
 
-    def validation_batches(self):
-        """The batches of (images, texts) that this process validates on."""
-        if self.dataset:
-            mine = self.val_ids[self.run.rank :: self.run.world_size]
-            return data.load_batches(self.dataset, data.in_batches(mine, 256), self.workers)
-        if self.run.rank > 0:
+    def validation_crops(self):
+        """The batches of (images, texts) of this process's part of the validation crops."""
+        if not self.val_ids:
+            return []
+        mine = self.val_ids[self.run.rank :: self.run.world_size]
+        return data.load_batches(self.dataset, data.in_batches(mine, 256), self.workers)
+
+    def validation_plates(self):
+        """The same for synthetic plates, if the run draws any: the first process reads them."""
+        if self.glyphs is None or self.run.rank > 0:
             return []
         if self.synthetic_val is None:
             batches = data.synthetic_batches(*evaluate.SYNTHETIC_VAL, self.size)
@@ -488,27 +492,39 @@ def train_epoch(run, images):
     return log
 
 
-def validate(run, images):
-    """The scores of the averaged weights on the validation images, and the mean loss.
+def validate(run, batches):
+    """The scores of the averaged weights on `batches` of all processes, and their mean loss.
 
-    Both are over the images of all processes. The averaged weights are those that are kept."""
+    The averaged weights are those that are kept."""
     if run.world_size > 1:
         for buffer in run.average.buffers():  # each process has its own batch-norm statistics
             dist.broadcast(buffer, 0)
-    batches = images.validation_batches()
     results = evaluate.read_batches(run.average.eval(), batches, run.precision)
     trues, preds, _, losses = (sum(parts, []) for parts in zip(*gather(results, run)))
-    return evaluate.metrics(trues, preds) | {"val_loss": float(np.mean(losses or [math.nan]))}
+    return evaluate.metrics(trues, preds) | {"val_loss": sum(losses) / max(1, len(losses))}
+
+
+def overall(name, crops, plates):
+    """The mean of a score over all validation images: crops and synthetic plates."""
+    total = crops[name] * crops["n"] + plates[name] * plates["n"]
+    return total / (crops["n"] + plates["n"])
 
 
 def finish_epoch(run, images, log):
     """Validate, print the epoch's line, save."""
-    scores = validate(run, images)
+    crops = validate(run, images.validation_crops())
+    plates = validate(run, images.validation_plates())
     run.epoch += 1
+    # Both choose the weights: a few dozen crops alone would choose by chance, and those of one
+    # camera would choose what reads others badly. Without any, the last weights are kept.
+    score = [-run.epoch, 0.0]
+    if crops["n"] or plates["n"]:
+        score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
+    scores = crops if crops["n"] else plates
     run.minutes = (time.time() - run.begin) / 60
     seen = run.epoch * images.steps * run.args.batch_size
     row = {"epoch": run.epoch, "images": seen, "minutes": round(run.minutes, 2)}
-    row |= {"loss": mean(log.losses)} | scores
+    row |= {"loss": mean(log.losses)} | scores | {"score": score[0]}
     run.history.append(row)
     line = f"=== epoch {run.epoch:3}  loss {row['loss']:7.4f}  "
     if row["n"]:
@@ -519,7 +535,7 @@ def finish_epoch(run, images, log):
         line += f"  ({len(images.dataset.unreadable):,} unreadable files left out)"
     run.say(line)
     if run.rank == 0:
-        save_epoch(run, row)
+        save_epoch(run, row, score)
 
 
 # ---------------------------------------------------------------------------------------
@@ -558,12 +574,11 @@ def read_state(args):
     return state
 
 
-def save_epoch(run, row):
+def save_epoch(run, row, score):
     """Write the state and the history, and the averaged weights if they are the best so far.
 
-    The best are those of the smallest Levenshtein distance; without validation, the last."""
+    The best have the smallest `score`: [Levenshtein distance, loss]."""
     out = run.args.out
-    score = [row["levenshtein"], row["val_loss"]] if row["n"] else [-row["epoch"], 0.0]
     if run.best is None and Path(out).exists():
         os.replace(out, f"{out}.bak")
         print(f"{out}: the one of an earlier run is now {out}.bak")
@@ -586,11 +601,9 @@ def describe(run, images):
     """The lines at the start."""
     height, width = run.network.config["size"]
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
-    validation = f"{evaluate.SYNTHETIC_VAL[0]:,} synthetic plates"
-    if images.dataset:
-        validation = f"{len(images.val_ids):,} crops"
-    if images.dataset and not images.val_ids:
-        validation = "none, so the last weights are kept"
+    validation = f"{len(images.val_ids):,} crops"
+    if images.glyphs is not None:
+        validation += f", {evaluate.SYNTHETIC_VAL[0]:,} synthetic plates"
     return (
         f"{run.network.config['preset']} {height} x {width}, {parameters:,} parameters, "
         f"{len(run.alphabet)} characters, {run.device} {run.precision}, "
