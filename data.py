@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import perspective, pil_to_tensor, to_pil_image
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 # ---------------------------------------------------------------------------------------
 # The alphabet and the types of plates
@@ -111,7 +112,7 @@ def read_alphabet(text):
     if len(text) < 200 and os.path.isfile(text):  # a longer text is no file name anywhere
         try:
             text = Path(text).read_text("utf-8-sig")
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, OSError):
             raise argparse.ArgumentTypeError(f"{text}: not UTF-8 text; save it as UTF-8") from None
     elif re.search(r"[/\\]|\.\w{1,4}$", text):
         raise argparse.ArgumentTypeError(f"{text}: no such file; name one or give the characters")
@@ -153,9 +154,13 @@ def list_images(folder):
     """All image files below `folder`, sorted. Links are followed, but every folder only once."""
     if not os.path.isdir(folder):
         raise ValueError(f"{printable(folder)}: no such folder; give one with images inside")
+
+    def fail(error):  # os.walk would pass over a folder that it may not read
+        raise error
+
     paths = []
     visited = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real_folder = os.path.realpath(root)
         if real_folder in visited:
             folders.clear()  # a link that leads back would never end
@@ -246,6 +251,8 @@ def find_crops(folder, alphabet=ALPHABET, quiet=False):
 def decode_image(source):
     """One image as an upright RGB Pillow image, however it is stored."""
     if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not source.size:
+            raise ValueError("an array is uint8 and not empty")
         image = Image.fromarray(source)
     elif stat.S_ISREG(os.stat(source).st_mode):
         image = Image.open(source)
@@ -253,6 +260,8 @@ def decode_image(source):
         raise ValueError("not a regular file")  # a pipe would make the reader wait for ever
     with image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
         if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
             pixels = np.asarray(image).clip(0, 65535) >> 8
             image = Image.fromarray(pixels.astype(np.uint8))
@@ -752,8 +761,54 @@ def add_captions(image, captions):
 
 def save_sheet(pictures, out, columns=4):
     """Write pictures uint8 (3, h, w) of one size as one image file, in rows."""
-    pictures = [picture / 255 for picture in pictures]
-    save_image(pictures, out, nrow=columns, padding=4, pad_value=1)
+    sheet = make_grid(list(pictures), nrow=columns, padding=4, pad_value=255)
+    write_file(out, encode_image(to_pil_image(sheet), "PNG"))
+
+
+# ---------------------------------------------------------------------------------------
+# Files that are written
+
+
+def encode_image(image, kind, quality=95):
+    """A Pillow image as the bytes of a file; kind: "PNG" or "JPEG", which alone has a quality."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=quality)
+    return buffer.getvalue()
+
+
+def write_file(path, content):
+    """Write bytes to a file. The old file stays, or the whole new one, whatever happens meanwhile.
+
+    Raises OSError with one sentence if it cannot be written."""
+    partial = Path(f"{path}.part")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "free space, or choose another"
+        raise OSError(f"{path}: cannot be written ({reason}); {advice}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_json(path, content):
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    write_file(path, text.encode("utf8", "surrogateescape"))
+
+
+def check_output(path, suffix):
+    """Raise ValueError, before any work is done, unless a file with `suffix` can stand at `path`.
+
+    The suffix is asked for so that a checkpoint or a photograph is never written over."""
+    if Path(path).suffix.lower() != suffix:
+        raise ValueError(f"{path}: give it a name that ends in {suffix}")
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: not a file in a folder that is there; choose another")
 
 
 # ---------------------------------------------------------------------------------------
@@ -761,10 +816,17 @@ def save_sheet(pictures, out, columns=4):
 
 
 def positive_int(text):
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    """An argparse type: a whole number from 1 to a million."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to 1,000,000")
     return int(text)
+
+
+def not_empty(text):
+    """An argparse type: any text; an empty one is a variable of the shell that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a name or leave the option out")
+    return text
 
 
 @contextlib.contextmanager
@@ -780,6 +842,10 @@ def plain_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit("error: not enough memory; give a smaller --batch-size or --size")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -853,7 +919,11 @@ def audit(folder, report=None, alphabet=ALPHABET):
     """Print what a data set holds and what is wrong with it; `report` gets all of it as JSON.
 
     Returns whether every name holds a label and every image can be read."""
+    if report:
+        check_output(report, ".json")
     paths = list_images(folder)
+    if not paths:
+        raise ValueError(f"{folder}: no images in it; give a folder of crops")
     with ThreadPoolExecutor(count_cpus()) as pool:
         looks = list(show_progress(pool.map(look_at_file, paths), len(paths), "image"))
     texts_of, problems = sort_files(folder, paths, looks, alphabet)
@@ -867,12 +937,13 @@ def audit(folder, report=None, alphabet=ALPHABET):
     for name, offenders in problems.items():
         print(f"{name:26} {len(offenders):,}", *offenders[:3], sep="\n" + " " * 27)
     if report:
-        Path(report).write_text(json.dumps(facts | problems, ensure_ascii=False, indent=1), "utf8")
+        write_json(report, facts | problems)
     return not problems["names without a label"] and not problems["unreadable images"]
 
 
 def show(folder, out, augmented=False, alphabet=ALPHABET):
     """Write a sheet of 24 labelled samples of a folder, or of synthetic plates ("synthetic")."""
+    check_output(out, ".png")
     rng = RandomNumbers(0)
     size = (48, 192)
     if folder in ("synthetic", "drawn"):
@@ -897,7 +968,7 @@ def render(out, count, seed=0):
     for number, (image, text) in enumerate(show_progress(plates, count, "plate")):
         folder = Path(out, "test" if number % 10 == 9 else "train")
         folder.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(folder / f"{number:07}-{text}.jpg", quality=90)
+        write_file(folder / f"{number:07}-{text}.jpg", encode_image(to_pil_image(image), "JPEG"))
 
 
 # ---------------------------------------------------------------------------------------
@@ -966,9 +1037,7 @@ def cut_frame(path, target_folder, rectify, margin):
     left_top = (max(0, x0 - margin_x), max(0, y0 - margin_y))
     right_bottom = (min(image.width, x1 + margin_x), min(image.height, y1 + margin_y))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")  # a run that is stopped leaves no half picture
-    image.crop(left_top + right_bottom).save(partial, "JPEG", quality=95)
-    partial.replace(target)
+    write_file(target, encode_image(image.crop(left_top + right_bottom), "JPEG"))
     return "cut"
 
 
@@ -990,6 +1059,8 @@ def crop(frames, out, rectify=False, margin=0.0):
     # the crops of an earlier run are no photographs
     own = Path(out).resolve()
     paths = [path for path in list_images(frames) if own not in path.resolve().parents]
+    if not paths:
+        raise ValueError(f"{frames}: no photographs in it, outside {out}; name another folder")
     with ThreadPoolExecutor(count_cpus()) as pool:
         counts = Counter(show_progress(pool.map(cut, paths), len(paths), "photograph"))
     print(f"{out}: " + ", ".join(f"{count:,} {result}" for result, count in counts.most_common()))
@@ -1002,7 +1073,7 @@ def parse_arguments(argv):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = {}
     for tool in (audit, show, render, crop):
-        command = commands.add_parser(tool.__name__, help=tool.__doc__.splitlines()[0])
+        command = commands.add_parser(tool.__name__, help=(tool.__doc__ or "").partition("\n")[0])
         command.set_defaults(tool=tool)
         add[tool] = command.add_argument
     for tool in (audit, show):

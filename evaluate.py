@@ -15,7 +15,6 @@ import csv
 import html
 import io
 import itertools
-import json
 import math
 import os
 import sys
@@ -172,7 +171,10 @@ def choose_crops(root, split, args, alphabet):
     # that folder may be gone, or on another machine: then there is nothing to compare with
     if not learnt_from or not os.path.isdir(learnt_from):
         return paths, texts, title
-    if not os.path.samefile(folder, data.split_folder(learnt_from, "train")):
+    train_folder = Path(learnt_from, "train")
+    if not train_folder.is_dir():
+        train_folder = learnt_from
+    if not os.path.samefile(folder, train_folder):
         return paths, texts, title
     if split == "train":  # asked for by name
         return paths, texts, f"{title}, which the network learnt from"
@@ -315,12 +317,13 @@ def print_breakdown(scores):
 
 def write_table(path, results):
     """Write a CSV file: filename, true, pred, confidence, same."""
+    buffer = io.StringIO(newline="")
+    table = csv.writer(buffer)
+    table.writerow(["filename", "true", "pred", "confidence", "same"])
+    for name, true, pred, confidence, _ in results:
+        table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
     # surrogateescape: a file name may hold bytes that are no UTF-8; they are written as they are
-    with open(path, "w", encoding="utf8", newline="", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["filename", "true", "pred", "confidence", "same"])
-        for name, true, pred, confidence, _ in results:
-            table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
+    data.write_file(path, buffer.getvalue().encode("utf8", "surrogateescape"))
 
 
 def error_picture(result):
@@ -363,9 +366,8 @@ document.querySelectorAll("#errors th").forEach((head, k) => head.onclick = () =
 
 def image_tag(picture):
     """A picture uint8 (3, h, w) as HTML that holds the whole of it."""
-    buffer = io.BytesIO()
-    to_pil_image(picture).save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    content = base64.b64encode(data.encode_image(to_pil_image(picture), "PNG")).decode()
+    return f'<img src="data:image/png;base64,{content}">'
 
 
 def html_table(name, heads, rows):
@@ -444,7 +446,6 @@ def error_rows(errors):
 
 def write_report(folder, scores):
     """Write folder/report.html, predictions.csv, and the pictures of the page as files."""
-    os.makedirs(folder, exist_ok=True)
     results = scores["reads"]
     write_table(Path(folder, "predictions.csv"), results)
     # confident errors tell the most: a wrong label, or something the network never learnt
@@ -457,6 +458,7 @@ def write_report(folder, scores):
         "errors.png": [error_picture(result) for result in errors[:64]],
     }
     for name, pictures in sheets.items():
+        Path(folder, name).unlink(missing_ok=True)  # that of an earlier report
         if pictures:
             data.save_sheet(pictures, Path(folder, name))
     low, high = scores["interval"]
@@ -481,7 +483,7 @@ def write_report(folder, scores):
     ]
     title = html.escape(f"{scores['n']:,} {scores['source']}")
     page = PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
-    Path(folder, "report.html").write_text(page, "utf8", errors="replace")
+    data.write_file(Path(folder, "report.html"), page.encode("utf8", "replace"))
 
 
 def parse_arguments(argv):
@@ -490,7 +492,11 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the reader in assets)")
-    add("--data", help="crops, or a folder with train and test (default: what it learnt from)")
+    add(
+        "--data",
+        type=data.not_empty,
+        help="crops, or a folder with train and test (default: what it learnt from)",
+    )
     add("--split", default="test", help="which folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
@@ -502,6 +508,12 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     with data.plain_errors():
+        if args.csv:
+            data.check_output(args.csv, ".csv")
+        if args.json:
+            data.check_output(args.json, ".json")
+        if args.report:
+            os.makedirs(args.report, exist_ok=True)
         reading = (args.device, args.precision, args.grammar, args.workers)
         scores = evaluate(args.checkpoint, args.data, args.split, *reading)
         print_scores(scores)
@@ -512,7 +524,7 @@ def main(argv=None):
             write_table(args.csv, scores["reads"])
         if args.json:
             del scores["reads"]  # they are in the table
-            Path(args.json).write_text(json.dumps(scores, ensure_ascii=False, indent=1), "utf8")
+            data.write_json(args.json, scores)
 
 
 if __name__ == "__main__":

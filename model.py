@@ -13,9 +13,7 @@ Copy this file into any project; it imports no other of ours.
 """
 
 import functools
-import io
 import itertools
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -453,29 +451,6 @@ def make_checkpoint(network, **info):
 def companion(path, suffix):
     """The path of another file of the run that writes `path`: ckpt.pth has ckpt.csv beside it."""
     return Path(str(path).removesuffix(".pth") + suffix)
-
-
-def save_atomically(content, path):
-    """torch.save that leaves the old file or the whole new one, whatever happens meanwhile.
-
-    Raises OSError with one sentence if the file cannot be written."""
-    partial = Path(f"{path}.part")
-    # first to memory: torch's own writer does not say that a disk is full
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    try:
-        with open(partial, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"{path}: cannot be written ({reason}); free space, or choose another"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def one_line(error):

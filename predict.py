@@ -19,6 +19,7 @@ reader in assets, which learnt from synthetic plates alone.
 
 import argparse
 import glob
+import io
 import itertools
 import json
 import os
@@ -88,6 +89,8 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
     Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. grammar: see
     plate_patterns. top: how many alternatives to give. batch_size: images read together
     (default: what the device does best). workers: threads (default: one a core)."""
+    if isinstance(sources, (str, os.PathLike)):
+        sources = [sources]
     device = next(network.parameters()).device
     precision = crnn.pick_precision(precision, device)
     patterns = plate_patterns(network, grammar)
@@ -131,7 +134,8 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
 def names_checkpoint(argument):
     """Whether an argument names a checkpoint, and not an image, a folder or a pattern."""
     is_image = Path(argument).suffix.lower() in data.IMAGE_SUFFIXES
-    return not is_image and not os.path.isdir(argument) and not glob.has_magic(argument)
+    is_pattern = glob.has_magic(argument) and not os.path.isfile(argument)
+    return not is_image and not is_pattern and not os.path.isdir(argument)
 
 
 def find_images(arguments):
@@ -193,7 +197,7 @@ def explain(network, path, out, precision="auto", grammar=None):
         page.paste(picture, (8, y))
         place = (picture.width + 24, y + 8)
         ImageDraw.Draw(page).text(place, f"{probability:.4f}", "grey", font_size=16)
-    page.save(out)
+    data.write_file(out, data.encode_image(page, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def save_onnx(program, test, facts, out):
     except ImportError as error:
         packages = "pip install onnx onnxscript onnxruntime"
         raise ValueError(f"{out}: needs {error.name}; install all with: {packages}") from None
-    onnx_program.save(out)
+    data.write_file(out, onnx_program.model_proto.SerializeToString())
     return answer
 
 
@@ -222,8 +226,7 @@ def export(network, out):
     suffix = Path(out).suffix
     if suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{out}: name it .pt2 or .onnx")
-    with open(out, "ab"):  # say now, not after a minute, if it cannot be written
-        pass
+    data.check_output(out, suffix)
     network = network.cpu()
     height, width = network.config["size"]
     facts = {
@@ -239,7 +242,9 @@ def export(network, out):
     if suffix == ".onnx":
         answer = save_onnx(program, test, facts, out)
     else:
-        torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={"facts.json": json.dumps(facts)})
+        data.write_file(out, buffer.getvalue())
         answer = torch.export.load(out).module()(test)
     with torch.no_grad():
         difference = (answer - network(test)).abs().max().item()
@@ -305,6 +310,8 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     with data.plain_errors():
+        if args.explain:
+            data.check_output(args.explain, ".png")
         if not args.checkpoint:
             print(f"reading with {READER}", file=sys.stderr)
         network = load(args.checkpoint or READER, args.device)

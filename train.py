@@ -13,11 +13,12 @@ A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 import argparse
 import copy
 import csv
+import io
+import itertools
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -75,9 +76,10 @@ MAY_CHANGE = {"resume", "out", "workers", "device", "precision"}  # in a run tha
 
 def join_processes(device):
     """(rank, world_size, device) of this process. torchrun says in the environment which it is."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
+        rank = int(os.environ["RANK"])
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -212,7 +214,7 @@ def load_crops(run):
     dataset = data.PlateDataset(paths, texts, run.network.config["size"], cache_bytes)
     train_ids, val_ids = data.split_validation(texts, args.val)
     if len(train_ids) < run.world_size:
-        raise ValueError(f"{args.data}: too few crops to train on; add crops whose labels fit")
+        raise ValueError(f"{args.data}: too few crops to train on; add crops, or lower --val")
     return dataset, train_ids, val_ids
 
 
@@ -515,11 +517,15 @@ def finish_epoch(run, images, log):
     crops = validate(run, images.validation_crops())
     plates = validate(run, images.validation_plates())
     run.epoch += 1
+    if images.val_ids and not crops["n"] and not plates["n"]:
+        raise ValueError(f"{run.args.data}: no validation crop can be read; check the files")
     # Both choose the weights: a few dozen crops alone would choose by chance, and those of one
     # camera would choose what reads others badly. Without any, the last weights are kept.
     score = [-run.epoch, 0.0]
     if crops["n"] or plates["n"]:
         score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
+    if not math.isfinite(mean(log.losses) + score[1]):
+        raise ValueError("the loss is not a number; lower --lr")
     scores = crops if crops["n"] else plates
     run.minutes = (time.time() - run.begin) / 60
     seen = run.epoch * images.steps * run.args.batch_size
@@ -543,16 +549,22 @@ def finish_epoch(run, images, log):
 
 
 def check_writable(out):
-    """Raise ValueError now, and not after the first epoch, if `out` cannot be written."""
-    folder = Path(out).parent
+    """Raise ValueError now, not after the first epoch, if a file of the run cannot be written."""
+    state = crnn.companion(out, ".state.pth")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        for path in map(
+            str, (out, f"{out}.part", state, f"{state}.part", crnn.companion(out, ".csv"))
+        ):
+            is_new = not os.path.lexists(path)
+            if not is_new and not os.path.isfile(path):
+                raise ValueError(f"{path}: is not a regular file; choose another --out")
+            with open(path, "ab"):  # changes nothing in a file that is there
+                pass
+            if is_new:
+                os.unlink(path)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another") from None
-    if Path(out).is_dir():
-        raise ValueError(f"{out}: is a folder; choose another --out")
 
 
 def read_state(args):
@@ -563,7 +575,12 @@ def read_state(args):
         return None
     state = crnn.read_content(path)
     parts = {"model", "ema", "optimizer", "scaler", "epoch", "best", "history", "args"}
-    if not isinstance(state, dict) or not parts <= set(state):
+    is_state = isinstance(state, dict) and parts <= set(state) and isinstance(state["args"], dict)
+    if (
+        not is_state
+        or not isinstance(state["epoch"], int)
+        or not isinstance(state["history"], list)
+    ):
         raise ValueError(f"{path}: not a state of train.py; drop --resume to start anew")
     for name, value in vars(args).items():
         before = state["args"].get(name)
@@ -574,23 +591,41 @@ def read_state(args):
     return state
 
 
+def save(content, path):
+    """torch.save by way of memory, since torch's own writer does not say that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data.write_file(path, buffer.getvalue())
+
+
+def keep_earlier(out):
+    """Rename a checkpoint of an earlier run, so that it is never lost: ckpt.pth.bak, .bak2, ..."""
+    names = itertools.chain([f"{out}.bak"], (f"{out}.bak{k}" for k in itertools.count(2)))
+    free = next(name for name in names if not os.path.lexists(name))
+    os.replace(out, free)
+    print(f"{out}: the one of an earlier run is now {free}")
+
+
 def save_epoch(run, row, score):
     """Write the state and the history, and the averaged weights if they are the best so far.
 
     The best have the smallest `score`: [Levenshtein distance, loss]."""
     out = run.args.out
-    if run.best is None and Path(out).exists():
-        os.replace(out, f"{out}.bak")
-        print(f"{out}: the one of an earlier run is now {out}.bak")
-    if run.best is None or score <= run.best:
+    is_first = run.best is None
+    is_best = is_first or score <= run.best
+    if is_best:
         run.best = score
-        checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row)
-        crnn.save_atomically(checkpoint, out)
-    crnn.save_atomically(run.state(), crnn.companion(out, ".state.pth"))
-    with open(crnn.companion(out, ".csv"), "w", encoding="utf8", newline="") as file:
-        table = csv.DictWriter(file, row)
-        table.writeheader()
-        table.writerows(run.history)
+    if is_first and Path(out).exists():
+        keep_earlier(out)
+    # then the state, so that a run which is stopped between the files can still be resumed
+    save(run.state(), crnn.companion(out, ".state.pth"))
+    if is_best:
+        save(crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row), out)
+    buffer = io.StringIO(newline="")
+    table = csv.DictWriter(buffer, row)
+    table.writeheader()
+    table.writerows(run.history)
+    data.write_file(crnn.companion(out, ".csv"), buffer.getvalue().encode("utf8"))
 
 
 # ---------------------------------------------------------------------------------------
@@ -631,13 +666,16 @@ def train(args):
                 advice = "drop --resume to start anew"
                 raise ValueError(f"{path}: does not fit this network; {advice}") from None
             run.say(f"resumed after epoch {run.epoch}")
+            if run.rank == 0 and not Path(args.out).exists():
+                print(f"{args.out}: gone; written again with the weights of this epoch")
+                save(crnn.make_checkpoint(run.average, args=vars(args), metrics={}), args.out)
     try:
         while run.epoch < args.epochs:
             log = train_epoch(run, images)
             finish_epoch(run, images, log)
     except BaseException:  # Ctrl-C, a signal, a loss that is no number
         kept = "no epoch was complete, so nothing was written"
-        if run.best:
+        if run.best and Path(args.out).exists():
             kept = f"{args.out} holds the best weights so far; --resume goes on from there"
         run.say(f"\nstopped; {kept}", file=sys.stderr)
         raise
@@ -651,7 +689,11 @@ def parse_arguments(argv):
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     count = data.positive_int
-    add("--data", help="labelled crops, or a folder with train inside (default: synthetic plates)")
+    add(
+        "--data",
+        type=data.not_empty,
+        help="labelled crops, or a folder with train inside (default: synthetic plates)",
+    )
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=list(RECIPES), help="network (default: small, or that of --init)")
     add("--rnn", choices=["lstm", "gru"], help="recurrent layer (default: lstm)")
@@ -685,7 +727,7 @@ def parse_arguments(argv):
         help="(default: the fastest the device computes)",
     )
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--init", metavar="CKPT", help="start from these weights")
+    add("--init", type=data.not_empty, metavar="CKPT", help="start from these weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     args = parser.parse_args(argv)
     rules = {
@@ -694,7 +736,7 @@ def parse_arguments(argv):
         "--batch-size is at least 2": (args.batch_size or 2) >= 2,
         "--lr is a positive number": args.lr is None or 0 < args.lr < math.inf,
         "--weight-decay is not negative": 0 <= (args.weight_decay or 0) < math.inf,
-        "--seed is not negative": args.seed >= 0,
+        "--seed is from 0 to 2**63 - 1": 0 <= args.seed < 2**63,
     }
     for rule, is_kept in rules.items():
         if not is_kept:
@@ -708,7 +750,7 @@ def main(argv=None):
         try:
             train(args)
         except RuntimeError as error:
-            if not dist.is_initialized():
+            if not dist.is_initialized() or "memory" in str(error):
                 raise
             reason = str(error).splitlines()[0][:100]
             advice = "start all again with --resume"

@@ -27,7 +27,7 @@ def write_reader(checkpoint):
     """Write reader.pth: the checkpoint's weights as float16, which takes half the space."""
     network, info = crnn.load_checkpoint(checkpoint)
     content = crnn.make_checkpoint(network.half(), torch=str(torch.__version__), **info)
-    crnn.save_atomically(content, ASSETS / "reader.pth")
+    torch.save(content, ASSETS / "reader.pth")
 
 
 def write_sheet(network, images):
