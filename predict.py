@@ -256,13 +256,8 @@ def export(network, out):
 # ---------------------------------------------------------------------------------------
 
 
-def reading_options(parser):
-    """Add the options of every script that reads with a checkpoint."""
-    parser.add_argument(
-        "--grammar",
-        action=argparse.BooleanOptionalAction,
-        help="take the likeliest string that is a plate (default: yes, not for the notebook's)",
-    )
+def machine_options(parser):
+    """Add the options that say what to compute with, the same in train, evaluate and predict."""
     add = parser.add_argument
     add("--workers", type=data.positive_int, help="threads that read files (default: one a core)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
@@ -272,6 +267,16 @@ def reading_options(parser):
         choices=["auto", "fp32", "bf16", "fp16"],
         help="(default: the fastest the device computes)",
     )
+
+
+def reading_options(parser):
+    """Add the options of every script that reads with a checkpoint."""
+    parser.add_argument(
+        "--grammar",
+        action=argparse.BooleanOptionalAction,
+        help="take the likeliest string that is a plate (default: yes, not for the notebook's)",
+    )
+    machine_options(parser)
 
 
 def print_reads(paths, reads):

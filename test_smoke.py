@@ -658,7 +658,11 @@ train --init {ckpt} !--model notebook; train --init {ckpt} !--alphabet ab;
 train --out !{dir}/file/x.pth; train --out !{dir}/empty; data show !{dir}/empty {tmp}/s.png;
 data show {crops} !{dir}/no/s.png; data audit !{dir}/absent; data render !{dir}/file --count 1;
 data crop !{dir}/absent {tmp}/x.pth; data crop {dir}/frames {tmp}/x.pth !--margin -1;
-data crop {dir}/frames {tmp}/x.pth !--margin nan"""
+data crop {dir}/frames {tmp}/x.pth !--margin nan; data audit !{dir}/empty;
+data crop !{dir}/empty {tmp}/x.pth; data audit {crops} --json !{image};
+data show {crops} !{image}; predict {ckpt} {image} --explain !{image};
+evaluate {ckpt} --data {crops} --csv !{ckpt}; evaluate {ckpt} --data {crops} --json !{ckpt};
+predict {ckpt} --export !{ckpt}; train --out !{dir}/new/; train !--seed 9223372036854775808"""
 
 
 @pytest.fixture(scope="session")

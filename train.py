@@ -30,6 +30,7 @@ import torch.distributed as dist
 import data
 import evaluate
 import model as crnn
+import predict
 
 # All that differs between the presets. The notebook's values are the notebook's own.
 RECIPES = {
@@ -718,14 +719,7 @@ def parse_arguments(argv):
         metavar="F",
         help="share of the plates that chooses the best weights (default: %(default)s)",
     )
-    add("--workers", type=count, help="threads that decode files (default: one a core)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    add(
-        "--precision",
-        default="auto",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="(default: the fastest the device computes)",
-    )
+    predict.machine_options(parser)
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--init", type=data.not_empty, metavar="CKPT", help="start from these weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
