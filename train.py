@@ -463,7 +463,7 @@ class Log:
         if not any(preds):
             self.run.say(
                 "  every prediction is still blank: CTC's normal first phase; it ends within "
-                "about 20,000 images (the notebook's network: 80,000)"
+                "about 10,000 images (the notebook's network: 80,000)"
             )
         self.start_line()
 
