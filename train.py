@@ -551,12 +551,11 @@ def finish_epoch(run, images, log):
 
 def check_writable(out):
     """Raise ValueError now, not after the first epoch, if a file of the run cannot be written."""
-    state = crnn.companion(out, ".state.pth")
+    files = [out, crnn.companion(out, ".state.pth"), crnn.companion(out, ".csv")]
+    files += [f"{path}.part" for path in files]
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        for path in map(
-            str, (out, f"{out}.part", state, f"{state}.part", crnn.companion(out, ".csv"))
-        ):
+        for path in files:
             is_new = not os.path.lexists(path)
             if not is_new and not os.path.isfile(path):
                 raise ValueError(f"{path}: is not a regular file; choose another --out")
@@ -650,6 +649,23 @@ def describe(run, images):
     )
 
 
+def resume(run):
+    """Go on where an earlier run saved its state, or from the beginning if there is none."""
+    state = ask_first(lambda: read_state(run.args), run)
+    if not state:
+        return
+    try:
+        run.restore(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        path = crnn.companion(run.args.out, ".state.pth")
+        raise ValueError(f"{path}: does not fit; drop --resume to start anew") from None
+    run.say(f"resumed after epoch {run.epoch}")
+    out = run.args.out
+    if run.rank == 0 and not Path(out).exists():
+        print(f"{out}: gone; written again with the weights of this epoch")
+        save(crnn.make_checkpoint(run.average, args=vars(run.args), metrics={}), out)
+
+
 def train(args):
     """The whole run. Raises ValueError or OSError with one sentence the user can act on."""
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
@@ -658,18 +674,7 @@ def train(args):
     images = Images(run)
     run.say(describe(run, images))
     if args.resume:
-        state = ask_first(lambda: read_state(args), run)
-        if state:
-            try:
-                run.restore(state)
-            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-                path = crnn.companion(args.out, ".state.pth")
-                advice = "drop --resume to start anew"
-                raise ValueError(f"{path}: does not fit this network; {advice}") from None
-            run.say(f"resumed after epoch {run.epoch}")
-            if run.rank == 0 and not Path(args.out).exists():
-                print(f"{args.out}: gone; written again with the weights of this epoch")
-                save(crnn.make_checkpoint(run.average, args=vars(args), metrics={}), args.out)
+        resume(run)
     try:
         while run.epoch < args.epochs:
             log = train_epoch(run, images)
