@@ -519,6 +519,18 @@ def interrupted(name, calls):
     return mock.patch.object(train, name, wraps=getattr(train, name), side_effect=effects)
 
 
+def test_a_bf16_run_goes_on_in_fp16(tmp_path, run):
+    out = tmp_path / "c.pth"
+    common = ("--batch-size", 20, "--device", "cpu", "--epochs", 1, "--out", out)
+    run(train, *common, "--precision", "bf16")
+    path = crnn.companion(out, ".state.pth")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"epoch": 0}, path)  # as if it had been stopped
+    said = run(train, *common, "--precision", "fp16", "--resume")
+    assert "cpu fp16" in said
+    assert "=== epoch   1" in said
+
+
 @cases("share", [0.0, 0.5])
 def test_resume_is_bit_for_bit(crops, tmp_path, run, share):
     whole = ["--data", crops, *FAST, "--synthetic", share, "--epochs", 3, "--out", tmp_path / "a"]

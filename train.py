@@ -636,9 +636,12 @@ def describe(run, images):
     """The lines at the start."""
     height, width = run.network.config["size"]
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
-    validation = f"{len(images.val_ids):,} crops"
+    validation = []
+    if images.val_ids:
+        validation.append(f"{len(images.val_ids):,} crops")
     if images.glyphs is not None:
-        validation += f", {evaluate.SYNTHETIC_VAL[0]:,} synthetic plates"
+        validation.append(f"{evaluate.SYNTHETIC_VAL[0]:,} synthetic plates")
+    validation = " and ".join(validation) or "none, so the last weights are kept"
     return (
         f"{run.network.config['preset']} {height} x {width}, {parameters:,} parameters, "
         f"{len(run.alphabet)} characters, {run.device} {run.precision}, "
