@@ -170,14 +170,9 @@ def list_images(folder):
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def has_splits(root):
-    """Whether a data set holds the folders train or test, and is not itself a folder of crops."""
-    return Path(root, "train").is_dir() or Path(root, "test").is_dir()
-
-
 def split_folder(root, split):
     """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    if not has_splits(root):
+    if not Path(root, "train").is_dir() and not Path(root, "test").is_dir():
         return Path(root)
     if not Path(root, split).is_dir():
         raise ValueError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")

@@ -432,15 +432,15 @@ def draw_confusions(results):
     return pictures
 
 
-def error_rows(errors):
+def error_rows(errors, pictures):
     """The cells of each error: picture, true, read, confidence, province, first wrong place."""
     rows = []
-    for result in errors:
+    for result, picture in zip(errors, pictures):
         pairs = zip(itertools.count(1), result.true, result.pred)
         wrong = next((place for place, a, b in pairs if a != b), "length")
         texts = (result.true, result.pred, f"{result.confidence:.4f}", result.true[:1], wrong)
         cells = [html.escape(str(text)) for text in texts]
-        rows.append([image_tag(error_picture(result)), *cells])
+        rows.append([image_tag(picture), *cells])
     return rows
 
 
@@ -451,16 +451,17 @@ def write_report(folder, scores):
     # confident errors tell the most: a wrong label, or something the network never learnt
     errors = [result for result in results if not result.is_right]
     errors.sort(key=lambda result: -result.confidence)
+    pictures = [error_picture(result) for result in errors[:500]]
     sheets = {
         "curves.png": draw_curves(scores["checkpoint"]),
         "reliability.png": [draw_reliability(results)],
         "confusions.png": draw_confusions(results),
-        "errors.png": [error_picture(result) for result in errors[:64]],
+        "errors.png": pictures[:64],
     }
-    for name, pictures in sheets.items():
+    for name, sheet in sheets.items():
         Path(folder, name).unlink(missing_ok=True)  # that of an earlier report
-        if pictures:
-            data.save_sheet(pictures, Path(folder, name))
+        if sheet:
+            data.save_sheet(sheet, Path(folder, name))
     low, high = scores["interval"]
     facts = [(name, f"{scores[name]:.4f}") for name in ("accuracy", "cer", "levenshtein")]
     facts.append(("accuracy, 95% interval", f"{low:.4f} to {high:.4f}"))
@@ -479,7 +480,7 @@ def write_report(folder, scores):
         "<h2>By place</h2>",
         html_table("place", ("place", "right", "of"), places),
         "<h2>Errors</h2>",
-        html_table("errors", heads, error_rows(errors[:500])),
+        html_table("errors", heads, error_rows(errors, pictures)),
     ]
     title = html.escape(f"{scores['n']:,} {scores['source']}")
     page = PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))

@@ -525,7 +525,8 @@ def finish_epoch(run, images, log):
     score = [-run.epoch, 0.0]
     if crops["n"] or plates["n"]:
         score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
-    if not math.isfinite(mean(log.losses) + score[1]):
+    # take_step passes over a bad step now and then, so the last loss is asked, not their mean
+    if not math.isfinite(log.losses[-1].item() + score[1]):
         raise ValueError("the loss is not a number; lower --lr")
     scores = crops if crops["n"] else plates
     run.minutes = (time.time() - run.begin) / 60
