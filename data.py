@@ -14,6 +14,7 @@ Copy this file into any project; it imports no other of ours. Only drawing needs
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -792,8 +793,19 @@ def write_file(path, content):
 
 
 def write_json(path, content):
+    """Write a dict or a list."""
     text = json.dumps(content, ensure_ascii=False, indent=1)
     write_file(path, text.encode("utf8", "surrogateescape"))
+
+
+def write_csv(path, heads, rows):
+    """Write a table; heads: the names of its columns."""
+    buffer = io.StringIO(newline="")
+    table = csv.writer(buffer)
+    table.writerow(heads)
+    table.writerows(rows)
+    # surrogateescape: a file name may hold bytes that are no UTF-8; they are written as they are
+    write_file(path, buffer.getvalue().encode("utf8", "surrogateescape"))
 
 
 def check_output(path, suffix):

@@ -13,13 +13,12 @@ import argparse
 import base64
 import csv
 import html
-import io
 import itertools
 import math
 import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,11 +91,11 @@ def wilson(share, n):
 
 def metrics(trues, preds):
     """The three scores of a list of reads, and their number `n`, as a dict."""
-    edits = sum(map(levenshtein, preds, trues))
+    distances = list(map(levenshtein, preds, trues))
     return {
         "accuracy": accuracy(trues, preds),
         "cer": cer(trues, preds),
-        "levenshtein": edits / max(1, len(trues)),
+        "levenshtein": sum(distances) / max(1, len(distances)),
         "n": len(trues),
     }
 
@@ -105,12 +104,13 @@ def calibration_error(confidences, trues, preds, bins=10):
     """How far confidences are from the share of reads that are right, in [0, 1].
 
     The expected calibration error (Naeini et al., 2015): the mean over ten bins of confidence."""
-    excess = defaultdict(float)
+    excess = [0.0] * bins
     for confidence, true, pred in zip(confidences, trues, preds):
+        k = min(int(confidence * bins), bins - 1)
         # summed over a bin this is its confidences less its right reads, so too high and too
         # low a confidence cancel within a bin, and do not between bins
-        excess[min(int(confidence * bins), bins - 1)] += confidence - (true == pred)
-    return sum(map(abs, excess.values())) / max(1, len(trues))
+        excess[k] += confidence - (true == pred)
+    return sum(map(abs, excess)) / max(1, len(trues))
 
 
 def match_characters(trues, preds):
@@ -307,23 +307,19 @@ def by_first(results):
 
 def print_breakdown(scores):
     """Where the errors are: by place in the string, by first character, by confidence."""
-    places = by_position(scores["reads"])
-    line = "  ".join(f"{place} {a / b:.4f}" for place, (a, b) in places.items())
-    print(f"by position  {line}")
-    line = "  ".join(f"{char} {a}/{b}" for char, (a, b) in by_first(scores["reads"]).items())
-    print(f"by first     {line}")
+    places = by_position(scores["reads"]).items()
+    print("by position ", *(f" {place} {right / total:.4f}" for place, (right, total) in places))
+    firsts = by_first(scores["reads"]).items()
+    print("by first    ", *(f" {char} {right}/{total}" for char, (right, total) in firsts))
     print(f"calibration  {scores['calibration_error']:.4f} expected error of the confidences")
 
 
 def write_table(path, results):
     """Write a CSV file: filename, true, pred, confidence, same."""
-    buffer = io.StringIO(newline="")
-    table = csv.writer(buffer)
-    table.writerow(["filename", "true", "pred", "confidence", "same"])
+    rows = []
     for name, true, pred, confidence, _ in results:
-        table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
-    # surrogateescape: a file name may hold bytes that are no UTF-8; they are written as they are
-    data.write_file(path, buffer.getvalue().encode("utf8", "surrogateescape"))
+        rows.append([name, true, pred, f"{confidence:.6f}", true == pred])
+    data.write_csv(path, ["filename", "true", "pred", "confidence", "same"], rows)
 
 
 def error_picture(result):
@@ -432,16 +428,38 @@ def draw_confusions(results):
     return pictures
 
 
-def error_rows(errors, pictures):
-    """The cells of each error: picture, true, read, confidence, province, first wrong place."""
-    rows = []
-    for result, picture in zip(errors, pictures):
-        pairs = zip(itertools.count(1), result.true, result.pred)
-        wrong = next((place for place, a, b in pairs if a != b), "length")
-        texts = (result.true, result.pred, f"{result.confidence:.4f}", result.true[:1], wrong)
-        cells = [html.escape(str(text)) for text in texts]
-        rows.append([image_tag(picture), *cells])
-    return rows
+def error_row(result, picture):
+    """The cells of an error: picture, true, read, confidence, first character, wrong place."""
+    pairs = zip(itertools.count(1), result.true, result.pred)
+    wrong = next((place for place, a, b in pairs if a != b), "length")
+    texts = (result.true, result.pred, f"{result.confidence:.4f}", result.true[:1], wrong)
+    return [image_tag(picture), *(html.escape(str(text)) for text in texts)]
+
+
+def make_page(scores, charts, confusion_pictures, errors):
+    """The page as text: scores, charts, confusions, and the rows of the errors."""
+    results = scores["reads"]
+    low, high = scores["interval"]
+    facts = [(name, f"{scores[name]:.4f}") for name in ("accuracy", "cer", "levenshtein")]
+    facts.append(("accuracy, 95% interval", f"{low:.4f} to {high:.4f}"))
+    facts.append(("calibration error", f"{scores['calibration_error']:.4f}"))
+    firsts = [(char, right, total) for char, (right, total) in by_first(results).items()]
+    places = [(place, right, total) for place, (right, total) in by_position(results).items()]
+    heads = ("picture", "true", "read", "confidence", "first character", "wrong place")
+    parts = [
+        html_table("scores", (), facts),
+        *map(image_tag, charts),
+        "<h2>Confusions</h2>",
+        *map(image_tag, confusion_pictures),
+        "<h2>By first character</h2>",
+        html_table("first", ("character", "right", "of"), firsts),
+        "<h2>By place</h2>",
+        html_table("place", ("place", "right", "of"), places),
+        "<h2>Errors</h2>",
+        html_table("errors", heads, errors),
+    ]
+    title = html.escape(f"{scores['n']:,} {scores['source']}")
+    return PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
 
 
 def write_report(folder, scores):
@@ -450,8 +468,8 @@ def write_report(folder, scores):
     write_table(Path(folder, "predictions.csv"), results)
     # confident errors tell the most: a wrong label, or something the network never learnt
     errors = [result for result in results if not result.is_right]
-    errors.sort(key=lambda result: -result.confidence)
-    pictures = [error_picture(result) for result in errors[:500]]
+    errors = sorted(errors, key=lambda result: -result.confidence)[:500]
+    pictures = [error_picture(result) for result in errors]
     sheets = {
         "curves.png": draw_curves(scores["checkpoint"]),
         "reliability.png": [draw_reliability(results)],
@@ -462,28 +480,8 @@ def write_report(folder, scores):
         Path(folder, name).unlink(missing_ok=True)  # that of an earlier report
         if sheet:
             data.save_sheet(sheet, Path(folder, name))
-    low, high = scores["interval"]
-    facts = [(name, f"{scores[name]:.4f}") for name in ("accuracy", "cer", "levenshtein")]
-    facts.append(("accuracy, 95% interval", f"{low:.4f} to {high:.4f}"))
-    facts.append(("calibration error", f"{scores['calibration_error']:.4f}"))
-    firsts = [(char, a, b) for char, (a, b) in by_first(results).items()]
-    places = [(place, a, b) for place, (a, b) in by_position(results).items()]
-    heads = ("picture", "true", "read", "confidence", "first character", "wrong place")
     charts = sheets["curves.png"] + sheets["reliability.png"]
-    parts = [
-        html_table("scores", (), facts),
-        *map(image_tag, charts),
-        "<h2>Confusions</h2>",
-        *map(image_tag, sheets["confusions.png"]),
-        "<h2>By first character</h2>",
-        html_table("first", ("character", "right", "of"), firsts),
-        "<h2>By place</h2>",
-        html_table("place", ("place", "right", "of"), places),
-        "<h2>Errors</h2>",
-        html_table("errors", heads, error_rows(errors, pictures)),
-    ]
-    title = html.escape(f"{scores['n']:,} {scores['source']}")
-    page = PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
+    page = make_page(scores, charts, sheets["confusions.png"], map(error_row, errors, pictures))
     data.write_file(Path(folder, "report.html"), page.encode("utf8", "replace"))
 
 

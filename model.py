@@ -12,8 +12,6 @@ Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2
 Copy this file into any project; it imports no other of ours.
 """
 
-import functools
-import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -36,6 +34,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, c_in, c_out, kernel=3, stride=1, padding=1, pool=False):
         super().__init__()
+        # no bias: batch-norm takes every constant away again
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(c_out)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
@@ -241,7 +240,7 @@ def steps_needed(text):
 
 def encode(texts, alphabet):
     """Strings to classes on the CPU, int64: (targets, all in a row; lengths, one a string)."""
-    targets = [alphabet.index(char) + 1 for text in texts for char in text]
+    targets = [alphabet.index(char) + 1 for char in "".join(texts)]
     lengths = [len(text) for text in texts]
     return torch.tensor(targets, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
 
@@ -293,19 +292,17 @@ def greedy_decode(logits, alphabet):
 LEAST_SHARE = 1e-3  # beam search tries classes at least so likely as the step's best
 
 
-@functools.lru_cache(1 << 16)  # reads of different images begin alike
-def begins_plate(prefix, patterns):
-    """Those of `patterns` whose strings can begin with `prefix`: a tuple, empty if none can."""
-    if not prefix:
-        return patterns
-    place = len(prefix) - 1
-    fitting = begins_plate(prefix[:place], patterns)
-    return tuple(p for p in fitting if place < len(p) and prefix[place] in p[place])
+def allow(patterns, place, char):
+    """Those of `patterns` that allow `char` at `place`."""
+    return [p for p in patterns if place < len(p) and char in p[place]]
 
 
 def is_plate(text, patterns):
     """Whether `text` is a whole string of one of `patterns`."""
-    return any(len(pattern) == len(text) for pattern in begins_plate(text, patterns))
+    patterns = [pattern for pattern in patterns if len(pattern) == len(text)]
+    for place, char in enumerate(text):
+        patterns = allow(patterns, place, char)
+    return bool(patterns)
 
 
 def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
@@ -317,13 +314,14 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
     2017, distill.pub/2017/ctc). With `patterns`, prefixes which no plate begins with are dropped.
     Each step tries its likeliest `classes`, if they are likely at all."""
     beams = {"": (1.0, 0.0)}
-    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices.tolist()
+    fitting = {"": patterns}  # the patterns of the plates that each prefix begins
+    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices
     # as shares of the step's best: products of many small numbers would come to 0
-    shares = (log_probs - log_probs.amax(1, keepdim=True)).exp().tolist()
-    for t, top_classes in enumerate(likeliest):
+    shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
+    for step_shares, top_classes in zip(shares.tolist(), likeliest.tolist()):
         longer = defaultdict(lambda: [0.0, 0.0])
         for c in {BLANK, *top_classes}:
-            share = shares[t][c]
+            share = step_shares[c]
             # the blank always: where no plate can go on with any other, it passes over the step
             if share < LEAST_SHARE and c != BLANK:
                 continue
@@ -337,11 +335,13 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
                     # the same character goes on; a new one needs a blank between
                     longer[prefix][1] += ends_char * share
                     before = ends_blank
-                longer[prefix + char][1] += before * share
+                text = prefix + char
+                if text not in fitting:
+                    fitting[text] = allow(fitting[prefix], len(prefix), char)
+                if fitting[text] or not patterns:
+                    longer[text][1] += before * share
         best = sorted(longer, key=lambda prefix: -sum(longer[prefix]))
-        if patterns:
-            best = (prefix for prefix in best if begins_plate(prefix, patterns))
-        beams = {prefix: longer[prefix] for prefix in itertools.islice(best, beam_width)}
+        beams = {prefix: longer[prefix] for prefix in best[:beam_width]}
     return [text for text in beams if not patterns or is_plate(text, patterns)]
 
 

@@ -12,7 +12,6 @@ A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 
 import argparse
 import copy
-import csv
 import io
 import itertools
 import math
@@ -622,11 +621,8 @@ def save_epoch(run, row, score):
     save(run.state(), crnn.companion(out, ".state.pth"))
     if is_best:
         save(crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row), out)
-    buffer = io.StringIO(newline="")
-    table = csv.DictWriter(buffer, row)
-    table.writeheader()
-    table.writerows(run.history)
-    data.write_file(crnn.companion(out, ".csv"), buffer.getvalue().encode("utf8"))
+    rows = [past.values() for past in run.history]
+    data.write_csv(crnn.companion(out, ".csv"), list(row), rows)
 
 
 # ---------------------------------------------------------------------------------------
