@@ -401,6 +401,14 @@ class RandomNumbers:
     def randn(self, *shape):
         return torch.randn(shape, generator=self.tensors, device=self.device)
 
+    def per_image(self, count):
+        """A number in [0, 1) for each image: (count, 1, 1, 1)."""
+        return self.rand(count, 1, 1, 1)
+
+    def per_channel(self, count):
+        """A number in [0, 1) for red, green and blue of each image: (count, 3, 1, 1)."""
+        return self.rand(count, 3, 1, 1)
+
     def happens(self, probability):
         return self.numbers.random() < probability
 
@@ -483,7 +491,7 @@ def draw_surroundings(count, mm, rng):
     mode = "bilinear" if rng.happens(0.7) else "nearest"
     blotches = F.interpolate(rng.rand(count, 1, 2, 14) - 0.5, size, mode=mode)
     grey, brightness, contrast = rng.rand(3, count, 1, 1, 1)
-    colour = grey + 0.5 * (rng.rand(count, 3, 1, 1) - 0.5)
+    colour = grey + 0.5 * (rng.per_channel(count) - 0.5)
     return colour * brightness + (0.3 + 0.7 * contrast) * blotches
 
 
@@ -491,9 +499,9 @@ def draw_background(plate, plate_type, rng):
     """Paint the whole plate (B, 3, h, w) in its colour; a green plate turns white at the top."""
     count, _, height, _ = plate.shape
     darkest, brightest = on_device(plate_type.ground, rng.device).view(2, 3, 1, 1)
-    ground = darkest + (brightest - darkest) * rng.rand(count, 3, 1, 1)
-    down = torch.linspace(1, 0, height, device=rng.device).view(-1, 1)
-    fade = plate_type.fade * rng.rand(count, 1, 1, 1).sqrt() * down
+    ground = darkest + (brightest - darkest) * rng.per_channel(count)
+    fade = plate_type.fade * rng.per_image(count).sqrt()
+    fade = fade * torch.linspace(1, 0, height, device=rng.device).view(-1, 1)
     plate.copy_(ground + (0.9 - ground) * fade)
 
 
@@ -505,7 +513,7 @@ def draw_border(plate, ink, mm, rng):
     inset = 2 * round(edge * mm)
     frame = torch.ones(height - inset, width - inset, device=rng.device)
     frame[line:-line, line:-line] = 0
-    strength = rng.rand(len(plate), 1, 1, 1) ** 0.25
+    strength = rng.per_image(len(plate)) ** 0.25
     stamp(plate, frame * strength, edge, edge, ink, mm)
 
 
@@ -533,24 +541,27 @@ def draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng):
         stamp(plate, mask, x, y, ink, mm)
     gap_start = sum(plate_type.boxes[1])
     gap_end = plate_type.boxes[2][0]
+    gap_middle = (gap_start + gap_end) / 2
     side = max(2, round(10 * mm))
-    dot = rng.rand(len(texts), 1, 1, 1).expand(-1, -1, side, side)
-    stamp(plate, dot, (gap_start + gap_end) / 2 - 5, 65, ink, mm)
+    dot = rng.per_image(len(texts)).expand(-1, -1, side, side)
+    stamp(plate, dot, gap_middle - 5, 65, ink, mm)
 
 
 def draw_screws(plate, plate_type, mm, rng):
     """Screws or seals in some of the four holes; they may cover a part of a character."""
     size = rng.numbers.uniform(8, 16)
-    radius = torch.linspace(-1, 1, max(3, round(size * mm)), device=rng.device)
-    disc = (1.3 - radius.square() - radius.square().view(-1, 1)).clamp(0, 1)
-    for hole_x, hole_y in itertools.product(
-        (0.25 * plate_type.width, 0.75 * plate_type.width), (12, 128)
-    ):
+    x = torch.linspace(-1, 1, max(3, round(size * mm)), device=rng.device)
+    y = x.view(-1, 1)
+    disc = (1.3 - x.square() - y.square()).clamp(0, 1)
+    hole_xs = (0.25 * plate_type.width, 0.75 * plate_type.width)
+    hole_ys = (12, 128)
+    for hole_x, hole_y in itertools.product(hole_xs, hole_ys):
         chance, brightness = rng.rand(2, len(plate), 1, 1, 1)
-        x = hole_x - size / 2 + rng.numbers.uniform(-8, 8)
-        y = hole_y - size / 2 + rng.numbers.uniform(-5, 5)
-        colour = brightness * (1 - 0.4 * rng.rand(len(plate), 3, 1, 1))
-        stamp(plate, disc * (chance < 0.4), x, y, colour, mm)
+        left = hole_x - size / 2 + rng.numbers.uniform(-8, 8)
+        top = hole_y - size / 2 + rng.numbers.uniform(-5, 5)
+        colour = brightness * (1 - 0.4 * rng.per_channel(len(plate)))
+        is_there = chance < 0.4
+        stamp(plate, disc * is_there, left, top, colour, mm)
 
 
 def paint(plate_type, texts, glyphs, rng):
@@ -565,8 +576,8 @@ def paint(plate_type, texts, glyphs, rng):
     bottom = top + round(PLATE_HEIGHT * mm)
     plate = canvas[:, :, top:bottom, left:right]  # a view: what is drawn on it is on the canvas
     darkest, brightest = plate_type.ink
-    ink = darkest + (brightest - darkest) * rng.rand(len(texts), 1, 1, 1)
-    ink = ink + 0.1 * (rng.rand(len(texts), 3, 1, 1) - 0.5)
+    ink = darkest + (brightest - darkest) * rng.per_image(len(texts))
+    ink = ink + 0.1 * (rng.per_channel(len(texts)) - 0.5)
     draw_background(plate, plate_type, rng)
     draw_border(plate, ink, mm, rng)
     draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng)
@@ -588,11 +599,11 @@ def draw_plates(count, size, rng, glyphs, practice=0.0):
         texts += new_texts
         canvases.append(paint(plate_type, new_texts, glyphs, rng))
         extents += [(plate_type.width / CANVAS_WIDTH, PLATE_HEIGHT / CANVAS_HEIGHT)] * number
-    canvases = torch.cat(canvases)
-    extents = on_device(extents, rng.device)
     handful = HANDFUL[rng.device.type]
-    pairs = zip(canvases.split(handful), extents.split(handful))
-    return torch.cat([camera(canvas, size, rng, 1.0, extent) for canvas, extent in pairs]), texts
+    canvases = torch.cat(canvases).split(handful)
+    extents = on_device(extents, rng.device).split(handful)
+    images = [camera(canvas, size, rng, 1.0, extent) for canvas, extent in zip(canvases, extents)]
+    return torch.cat(images), texts
 
 
 def synthetic_batches(count, seed, size, batch_size=250):
@@ -605,6 +616,9 @@ def synthetic_batches(count, seed, size, batch_size=250):
 
 # ---------------------------------------------------------------------------------------
 # The simulated camera, which photographs synthetic plates and augments real crops
+#
+# A random number in [0, 1] to the power of 2, 3 or more is mostly near 0: so most pictures are
+# a little worse than perfect, and a few are very bad.
 
 CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
 CORNERS = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))  # of a picture, by rows
@@ -621,8 +635,11 @@ def random_corners(count, rng, strength):
     # in the photograph x is x + shear * y, and y is y + tilt * x; the box grows with both
     box_x = x * (1 + shear.abs())
     box_y = y * (1 + tilt.abs())
+    # and back from the box's corners to the plate
     area = 1 - shear * tilt
-    on_plate = torch.stack((box_x - shear * box_y, box_y - tilt * box_x), 2) / area.unsqueeze(2)
+    plate_x = (box_x - shear * box_y) / area
+    plate_y = (box_y - tilt * box_x) / area
+    on_plate = torch.stack((plate_x, plate_y), 2)  # (B, 4, 2)
     # from 5% (in height 10%) more than the plate to 10% (45%) less
     loosest = on_device((-0.05, -0.10), rng.device)
     tightest = on_device((0.10, 0.45), rng.device)
@@ -638,9 +655,10 @@ def warp(images, size, rng, strength, extent):
     corners = corners.transpose(1, 2).view(count, 2, 2, 2)  # x and y of each, above and below
     grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
     # every stroke is a little out of place, so that no exact shape is learnt by heart
-    bend = rng.randn(count, 2, 6, 20) * rng.rand(count, 1, 1, 1)
+    bend = rng.randn(count, 2, 6, 20) * rng.per_image(count)
     bend = bend * on_device((0.010, 0.025), rng.device).view(2, 1, 1)
-    grid = grid + strength * F.interpolate(bend, size, mode="bilinear")
+    bend = F.interpolate(bend, size, mode="bilinear")  # (B, 2, H, W)
+    grid = grid + strength * bend
     grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -660,11 +678,16 @@ def relight(images, rng, strength):
     x = torch.linspace(-1, 1, width, device=rng.device)
     y = torch.linspace(-1, 1, height, device=rng.device).view(-1, 1)
     slope = 1 + 0.3 * strength * (slope_x * x + slope_y * y)
-    distance = (2 * (x + 1 - 2 * spot_x)) ** 2 + (y + 1 - 2 * spot_y) ** 2
-    glare = (1.2 * strength * glare - 0.6).clamp(min=0)  # none on most
-    images = images * slope.clamp(min=0.2) + glare * (-2 * distance).exp()
-    haze_colour = rng.rand(count, 3, 1, 1).expand_as(images)
-    return images.lerp(haze_colour, 0.5 * strength * haze**4).clamp(0, 1)
+    slope = slope.clamp(min=0.2)
+    # glare is a bright spot with soft edges; most pictures have none
+    distance_x = 2 * (x + 1 - 2 * spot_x)
+    distance_y = y + 1 - 2 * spot_y
+    spot = (-2 * (distance_x**2 + distance_y**2)).exp()
+    glare = (1.2 * strength * glare - 0.6).clamp(min=0)
+    images = images * slope + glare * spot
+    haze_colour = rng.per_channel(count).expand_as(images)
+    images = images.lerp(haze_colour, 0.5 * strength * haze**4)
+    return images.clamp(0, 1)
 
 
 def blur(images, rng, strength):
@@ -714,7 +737,7 @@ def camera(images, size, rng, strength=1.0, extent=None):
     images = blur(images, rng, strength)
     if is_smooth:
         images = F.interpolate(images, sensor, mode="bilinear", antialias=True)
-    noise = 0.05 * strength * rng.rand(len(images), 1, 1, 1) ** 3
+    noise = 0.05 * strength * rng.per_image(len(images)) ** 3
     images = images + noise * rng.randn(*images.shape)
     if rng.happens(0.6 * strength):
         images = compress(images, rng)
@@ -741,8 +764,9 @@ def text_picture(text, height, colours=None):
     """`text` on white: uint8 (3, height, w). colours: one RGB colour in [0, 255] a character."""
     cells = []
     for char, colour in zip(text or " ", colours or itertools.repeat((0, 0, 0))):
+        ink = torch.tensor(colour).view(3, 1, 1)
         cell = F.pad(character_picture(char, height), (1, 1))
-        cells.append(255 - cell * (255 - torch.tensor(colour).view(3, 1, 1)))
+        cells.append(255 - cell * (255 - ink))
     return torch.cat(cells, 2).to(torch.uint8)
 
 
@@ -781,7 +805,7 @@ def write_file(path, content):
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk itself before it takes the old one's place
         os.replace(partial, path)
     except OSError as error:
         reason = error.strerror or error
@@ -881,16 +905,17 @@ def look_at_file(path):
 def describe_images(texts, sizes, alphabet):
     """The statistics of audit: a dict of dicts, for printing and for JSON."""
     chars = Counter("".join(texts))
-    widths, heights = np.array(sizes or [(0, 0)]).T
+    firsts = Counter(text[0] for text in texts)
     facts = {
         "lengths": Counter(sorted(map(len, texts))),
         "characters": dict(sorted(chars.items())),
         "never seen": {char: 0 for char in alphabet if char not in chars},
-        "first characters": dict(Counter(text[0] for text in texts).most_common()),
+        "first characters": dict(firsts.most_common()),
     }
+    widths, heights = np.array(sizes or [(0, 0)]).T
     for name, side in (("widths", widths), ("heights", heights)):
-        quartiles = np.percentile(side, [0, 50, 100]).astype(int).tolist()
-        facts[name] = dict(zip(("min", "median", "max"), quartiles))
+        median = int(np.median(side))
+        facts[name] = {"min": int(side.min()), "median": median, "max": int(side.max())}
     return facts
 
 
@@ -938,7 +963,8 @@ def audit(folder, report=None, alphabet=ALPHABET):
     for split, texts in sorted(texts_of.items()):
         facts[f"images in {split}"] = {"images": len(texts), "plates": len(set(texts))}
     all_texts = sum(texts_of.values(), [])
-    facts |= describe_images(all_texts, [size for size, _ in looks if size], alphabet)
+    sizes = [size for size, _ in looks if size]
+    facts |= describe_images(all_texts, sizes, alphabet)
     for name, fact in facts.items():
         print(f"{name:26} " + "  ".join(f"{key} {value}" for key, value in fact.items()))
     for name, offenders in problems.items():
@@ -963,9 +989,10 @@ def show(folder, out, augmented=False, alphabet=ALPHABET):
             raise ValueError(f"{folder}: none of {len(chosen)} images can be read; check the files")
         if augmented:
             images = camera(images, size, rng, CROP_STRENGTH)
-    captions = [text_picture(text, 22) for text in texts]
-    pairs = zip(images, captions)
-    save_sheet([add_captions(image, [caption]) for image, caption in pairs], out)
+    pictures = []
+    for image, text in zip(images, texts):
+        pictures.append(add_captions(image, [text_picture(text, 22)]))
+    save_sheet(pictures, out)
 
 
 def render(out, count, seed=0):
@@ -975,7 +1002,8 @@ def render(out, count, seed=0):
     for number, (image, text) in enumerate(show_progress(plates, count, "plate")):
         folder = Path(out, "test" if number % 10 == 9 else "train")
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / f"{number:07}-{text}.jpg", encode_image(to_pil_image(image), "JPEG"))
+        content = encode_image(to_pil_image(image), "JPEG")
+        write_file(folder / f"{number:07}-{text}.jpg", content)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1017,12 +1045,12 @@ def parse_frame(path):
 def straighten(image, corners, margin):
     """Pull the four corners to a rectangle: (image, box of the plate in it)."""
     lower_right, lower_left, upper_left, upper_right = corners
-    width = round(max(math.dist(lower_left, lower_right), math.dist(upper_left, upper_right)))
-    height = round(max(math.dist(upper_left, lower_left), math.dist(upper_right, lower_right)))
-    x0 = round(margin * width)
-    y0 = round(margin * height)
-    x1 = x0 + width
-    y1 = y0 + height
+    widths = (math.dist(lower_left, lower_right), math.dist(upper_left, upper_right))
+    heights = (math.dist(upper_left, lower_left), math.dist(upper_right, lower_right))
+    x0 = round(margin * max(widths))
+    y0 = round(margin * max(heights))
+    x1 = x0 + round(max(widths))
+    y1 = y0 + round(max(heights))
     image = perspective(image, corners, [(x1, y1), (x0, y1), (x0, y0), (x1, y0)])
     return image, ((x0, y0), (x1, y1))
 
@@ -1041,10 +1069,13 @@ def cut_frame(path, target_folder, rectify, margin):
         image, ((x0, y0), (x1, y1)) = straighten(image, corners, margin)
     margin_x = round(margin * (x1 - x0))
     margin_y = round(margin * (y1 - y0))
-    left_top = (max(0, x0 - margin_x), max(0, y0 - margin_y))
-    right_bottom = (min(image.width, x1 + margin_x), min(image.height, y1 + margin_y))
+    left = max(0, x0 - margin_x)
+    top = max(0, y0 - margin_y)
+    right = min(image.width, x1 + margin_x)
+    bottom = min(image.height, y1 + margin_y)
+    image = image.crop((left, top, right, bottom))
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, encode_image(image.crop(left_top + right_bottom), "JPEG"))
+    write_file(target, encode_image(image, "JPEG"))
     return "cut"
 
 

@@ -296,7 +296,9 @@ def print_scores(scores):
 
 def by_position(results):
     """{place: (right characters, all)}, over reads of the right length."""
-    pairs = match_characters([r.true for r in results], [r.pred for r in results])
+    trues = [result.true for result in results]
+    preds = [result.pred for result in results]
+    pairs = match_characters(trues, preds)
     return count_right((place, a == b) for place, a, b in pairs)
 
 
@@ -322,13 +324,18 @@ def write_table(path, results):
     data.write_csv(path, ["filename", "true", "pred", "confidence", "same"], rows)
 
 
+BLACK = (0, 0, 0)
+RED = (220, 0, 0)
+
+
 def error_picture(result):
     """The image with the truth and the read under it; characters that differ are red."""
     pairs = itertools.zip_longest(result.pred, result.true)
-    colours = [(0, 0, 0) if a == b else (220, 0, 0) for a, b in pairs]
+    colours = [BLACK if a == b else RED for a, b in pairs]
+    image = data.read_image(result.source, (64, 256))
     truth = data.text_picture(result.true, 24)
     read = data.text_picture(result.pred, 24, colours)
-    return data.add_captions(data.read_image(result.source, (64, 256)), [truth, read])
+    return data.add_captions(image, [truth, read])
 
 
 # ---------------------------------------------------------------------------------------
@@ -379,13 +386,17 @@ def draw_chart(title, xs, ys):
     """A line through the points (x, y), both axes from 0 on: a picture uint8 (3, 220, 420)."""
     page = Image.new("RGB", (420, 220), "white")
     draw = ImageDraw.Draw(page)
-    right = max(xs) or 1
-    top = max(ys) or 1
-    points = [(40 + 360 * x / right, 190 - 150 * y / top) for x, y in zip(xs, ys)]
+    largest_x = max(xs) or 1
+    largest_y = max(ys) or 1
+    points = []
+    for x, y in zip(xs, ys):
+        right = 360 * x / largest_x
+        up = 150 * y / largest_y
+        points.append((40 + right, 190 - up))
     draw.line(((40, 40), (40, 190), (400, 190)), "silver")
     draw.line(points, "royalblue", 3)
-    draw.text((40, 10), f"{title}, 0 to {top:.4g}", "black", font_size=16)
-    draw.text((400, 194), f"{right:,.7g}", "grey", font_size=14, anchor="ra")
+    draw.text((40, 10), f"{title}, 0 to {largest_y:.4g}", "black", font_size=16)
+    draw.text((400, 194), f"{largest_x:,.7g}", "grey", font_size=14, anchor="ra")
     return pil_to_tensor(page)
 
 
@@ -407,9 +418,11 @@ def draw_curves(checkpoint):
 def draw_reliability(results):
     """A chart of the share of right reads by confidence: on the diagonal, it can be trusted."""
     bins = count_right((int(9.999 * r.confidence), r.is_right) for r in results)
-    bins = sorted(bins.items())
-    centres = [(k + 0.5) / 10 for k, _ in bins]
-    shares = [right / total for _, (right, total) in bins]
+    centres = []
+    shares = []
+    for k, (right, total) in sorted(bins.items()):
+        centres.append((k + 0.5) / 10)
+        shares.append(right / total)
     return draw_chart("right reads by confidence", centres, shares)
 
 

@@ -350,11 +350,12 @@ def candidates(logits, alphabet, patterns=()):
 
     logits: (T, 1, C). Probabilities are exact. With `patterns` all are plates; the list is empty
     if nothing in the image looks like one."""
-    log_probs = logits[:, 0].float().log_softmax(1)
+    log_probs = logits[:, 0].float().log_softmax(1)  # (T, C)
     texts = beam_search(log_probs, alphabet, patterns)
-    same_image = logits.expand(-1, len(texts), -1)
-    probabilities = string_log_probs(same_image, texts, alphabet).exp().tolist()
-    return sorted(zip(texts, probabilities), key=lambda pair: -pair[1])
+    same_image = logits.expand(-1, len(texts), -1)  # (T, number of texts, C)
+    probabilities = string_log_probs(same_image, texts, alphabet).exp()
+    pairs = zip(texts, probabilities.tolist())
+    return sorted(pairs, key=lambda pair: -pair[1])
 
 
 def decode(logits, alphabet, patterns=()):
@@ -363,14 +364,16 @@ def decode(logits, alphabet, patterns=()):
     The probability is that of the whole string, exactly. logits: (T, B, C)."""
     logits = logits.float().cpu()  # many small steps: a GPU would only wait
     texts = greedy_decode(logits, alphabet)
-    probabilities = string_log_probs(logits, texts, alphabet).exp().tolist()
+    probabilities = string_log_probs(logits, texts, alphabet).exp()
+    probabilities = probabilities.tolist()
     if not patterns:
         return texts, probabilities
     for b, text in enumerate(texts):
         # a plate with more than half of the probability leaves no room for a rival
         if probabilities[b] > 0.5 and is_plate(text, patterns):
             continue
-        plates = candidates(logits[:, b : b + 1], alphabet, patterns)
+        image_logits = logits[:, b : b + 1]  # (T, 1, C)
+        plates = candidates(image_logits, alphabet, patterns)
         if plates:
             texts[b], probabilities[b] = plates[0]
     return texts, probabilities
@@ -444,7 +447,9 @@ def predict_logits(network, images, precision="fp32"):
 
 def make_checkpoint(network, **info):
     """What a checkpoint holds: a copy of the weights, the config, and `info`."""
-    weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+    weights = {}
+    for name, value in network.state_dict().items():
+        weights[name] = value.cpu().clone()
     return {"model": weights, "config": network.config, **info}
 
 

@@ -75,11 +75,14 @@ def plate_patterns(network, grammar=None):
 def read_logits(logits, alphabet, patterns, top):
     """One Read for each image of logits (T, B, C)."""
     reads = []
-    for b, pair in enumerate(zip(*crnn.decode(logits, alphabet, patterns))):
+    texts, probabilities = crnn.decode(logits, alphabet, patterns)
+    for b, pair in enumerate(zip(texts, probabilities)):
         pairs = [pair]
         if top > 1:  # the beam search, which decode does only in doubt
-            pairs = crnn.candidates(logits[:, b : b + 1], alphabet, patterns)[:top] or pairs
-        reads.append(Read(*pairs[0], pairs, ""))
+            image_logits = logits[:, b : b + 1]  # (T, 1, C)
+            pairs = crnn.candidates(image_logits, alphabet, patterns)[:top] or pairs
+        plate, confidence = pairs[0]
+        reads.append(Read(plate, confidence, pairs, ""))
     return reads
 
 
@@ -157,6 +160,7 @@ def find_images(arguments):
 
 STEP = 28  # pixels of a time step in the picture
 BARS = 130  # pixels of a bar for probability 1
+ROW = 38  # pixels from one string to the next
 
 
 def draw_steps(page, logits, alphabet, top):
@@ -165,38 +169,44 @@ def draw_steps(page, logits, alphabet, top):
     draw = ImageDraw.Draw(page)
     floor = top + BARS + 20
     probabilities, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
-    for t, (probability, best) in enumerate(zip(probabilities.tolist(), classes.tolist())):
-        left = t * STEP
+    left = 0
+    for probability, best in zip(probabilities.tolist(), classes.tolist()):
         char = "-"
         colour = "silver"
         if best != crnn.BLANK:
             char = alphabet[best - 1]
             colour = "royalblue"
-            draw.line((left + STEP // 2, 0, left + STEP // 2, top), "gold")
-        bar = round(probability * BARS)
-        draw.rectangle((left + 3, floor - bar, left + STEP - 4, floor), colour)
-        page.paste(to_pil_image(data.text_picture(char, 32)), (left + 5, floor + 6))
+            middle = left + STEP // 2
+            draw.line((middle, 0, middle, top), "gold")
+        bar_top = floor - round(probability * BARS)
+        draw.rectangle((left + 3, bar_top, left + STEP - 4, floor), colour)
+        picture = to_pil_image(data.text_picture(char, 32))
+        page.paste(picture, (left + 5, floor + 6))
+        left += STEP
 
 
 def explain(network, path, out, precision="auto", grammar=None):
     """Write a picture of CTC at work on one image: the crop, the time steps, the best strings."""
     image = data.read_image(path, network.config["size"])
-    precision = crnn.pick_precision(precision, next(network.parameters()).device)
+    device = next(network.parameters()).device
+    precision = crnn.pick_precision(precision, device)
     logits = crnn.predict_logits(network, image[None], precision).cpu()  # (T, 1, C)
     alphabet = network.config["alphabet"]
+    patterns = plate_patterns(network, grammar)
+    pairs = crnn.candidates(logits, alphabet, patterns)[:4]
     width = STEP * len(logits)  # every time step stands below the columns it comes from
     crop = to_pil_image(image)
     crop = crop.resize((width, width * crop.height // crop.width))
-    pairs = crnn.candidates(logits, alphabet, plate_patterns(network, grammar))[:4]
-    page = Image.new("RGB", (width, crop.height + BARS + 80 + 38 * len(pairs)), "white")
+    top = crop.height + BARS + 72
+    page = Image.new("RGB", (width, top + 8 + ROW * len(pairs)), "white")
     page.paste(crop)
     draw_steps(page, logits, alphabet, crop.height)
-    for row, (text, probability) in enumerate(pairs):
-        y = crop.height + BARS + 72 + 38 * row
+    draw = ImageDraw.Draw(page)
+    for text, probability in pairs:
         picture = to_pil_image(data.text_picture(text, 32))
-        page.paste(picture, (8, y))
-        place = (picture.width + 24, y + 8)
-        ImageDraw.Draw(page).text(place, f"{probability:.4f}", "grey", font_size=16)
+        page.paste(picture, (8, top))
+        draw.text((picture.width + 24, top + 8), f"{probability:.4f}", "grey", font_size=16)
+        top += ROW
     data.write_file(out, data.encode_image(page, "PNG"))
 
 
