@@ -208,6 +208,11 @@ def warn_about(paths, why):
         print(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
 
 
+def is_frame(path):
+    """Whether this is a whole photograph of CCPD: its name holds the corners of the plate."""
+    return path.name.count("&") >= 6
+
+
 def find_crops(folder, alphabet=ALPHABET, quiet=False):
     """The labelled crops below `folder`: (paths, texts). Raises ValueError if there are none.
 
@@ -224,9 +229,8 @@ def find_crops(folder, alphabet=ALPHABET, quiet=False):
         else:
             paths.append(path)
             texts.append(text)
-    # the name of a whole CCPD photograph holds the corners of its plate
-    frames = [path for path in unlabelled if path.name.count("&") >= 6]
-    others = [path for path in unlabelled if path.name.count("&") < 6]
+    frames = [path for path in unlabelled if is_frame(path)]
+    others = [path for path in unlabelled if not is_frame(path)]
     if not quiet:
         cure = "cut them first: python data.py crop FRAMES OUT"
         warn_about(frames, f"whole CCPD photographs left out; {cure}")
@@ -275,7 +279,7 @@ def open_image(source):
             warnings.simplefilter("ignore")
             return decode_image(source)
     except Exception as error:  # decoders raise all kinds of errors for broken files
-        name = "array" if isinstance(source, np.ndarray) else printable(source)
+        name = printable(source) if isinstance(source, (str, os.PathLike)) else "array"
         reason = printable(error)[:100] or type(error).__name__
         raise ValueError(f"{name}: not a readable image ({reason}); left out") from None
 
@@ -923,6 +927,7 @@ def sort_files(folder, paths, looks, alphabet):
     """(texts of each folder, problems of each kind): two dicts of lists, for audit."""
     texts_of = defaultdict(list)
     problems = {
+        "photographs still to crop": [],
         "names without a label": [],
         "unreadable images": [],
         "labels with O or I": [],
@@ -933,7 +938,8 @@ def sort_files(folder, paths, looks, alphabet):
         name = printable(path)
         text, repaired = parse_label(path, alphabet)
         if text is None:
-            problems["names without a label"].append(name)
+            kind = "photographs still to crop" if is_frame(path) else "names without a label"
+            problems[kind].append(name)
         else:
             texts_of[str(path.parent.relative_to(folder))].append(text)
         if repaired:
@@ -971,7 +977,8 @@ def audit(folder, report=None, alphabet=ALPHABET):
         print(f"{name:26} {len(offenders):,}", *offenders[:3], sep="\n" + " " * 27)
     if report:
         write_json(report, facts | problems)
-    return not problems["names without a label"] and not problems["unreadable images"]
+    bad = ("photographs still to crop", "names without a label", "unreadable images")
+    return not any(problems[kind] for kind in bad)
 
 
 def show(folder, out, augmented=False, alphabet=ALPHABET):

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections import Counter
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,11 +273,16 @@ def evaluate(
 # What is printed and written
 
 
+def describe_reading(scores):
+    """What was read, and by which checkpoint."""
+    return f"{scores['n']:,} {scores['source']}, read by {scores['checkpoint']}"
+
+
 def print_scores(scores):
     """The three metrics, the errors and the confusions."""
     low, high = scores["interval"]
     decoding = "best plate" if scores["grammar"] else "greedy"
-    print(f"{scores['n']:,} {scores['source']}, read by {scores['checkpoint']}")
+    print(describe_reading(scores))
     print(f"read with    {scores['device']} {scores['precision']}, {decoding}")
     print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
     print(f"CER          {scores['cer']:.5f}")
@@ -286,8 +292,10 @@ def print_scores(scores):
     for name, true, pred, confidence, _ in errors[:5]:
         name = data.printable(name)
         print(f"  {name}  true {true}  read {pred or '(nothing)'}  confidence {confidence:.3f}")
+    if len(errors) > 5:
+        print("  ...")
     pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
-    print(f"confusions   {pairs or 'none'}")
+    print(f"confusions   {pairs or 'none in reads of the right length'}")
     print(f"speed        {scores['images_per_second']:.0f} images/s, from file to text")
     for name, (right, total) in scores["in_train"].items():
         where = "in train" if name == "seen" else "not in train"
@@ -328,14 +336,20 @@ BLACK = (0, 0, 0)
 RED = (220, 0, 0)
 
 
+def compared_picture(text, other):
+    """A picture of `text` in which the characters that `other` lacks are red."""
+    colours = [RED] * len(text)
+    # it aligns the two, so that after a missing character the others still match
+    for start, _, length in SequenceMatcher(None, text, other).get_matching_blocks():
+        colours[start : start + length] = [BLACK] * length
+    return data.text_picture(text, 24, colours)
+
+
 def error_picture(result):
-    """The image with the truth and the read under it; characters that differ are red."""
-    pairs = itertools.zip_longest(result.pred, result.true)
-    colours = [BLACK if a == b else RED for a, b in pairs]
-    image = data.read_image(result.source, (64, 256))
-    truth = data.text_picture(result.true, 24)
-    read = data.text_picture(result.pred, 24, colours)
-    return data.add_captions(image, [truth, read])
+    """The image, under it the truth, and under that the read; differences are red."""
+    truth = compared_picture(result.true, result.pred)
+    read = compared_picture(result.pred, result.true)
+    return data.add_captions(data.read_image(result.source, (64, 256)), [truth, read])
 
 
 # ---------------------------------------------------------------------------------------
@@ -346,21 +360,24 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-body { font: 16px sans-serif; max-width: 64em; margin: 1em auto; padding: 0 1em;
-  overflow-wrap: anywhere }
+body { font: 16px sans-serif; max-width: 64em; margin: 1em auto; padding: 0 1em }
+h1 { overflow-wrap: anywhere }
 img { max-width: 100%; height: auto }
 div { overflow-x: auto }
-td, th { padding: 2px 12px 2px 0; text-align: left }
+td, th { padding: 2px 12px 2px 0; text-align: left; white-space: nowrap }
+td img { max-width: none }
 #errors th { cursor: pointer; text-decoration: underline }
 </style>
 <h1>TITLE</h1>
 BODY
 <script>
-// a click on the head of a column sorts the errors by it
+// a click on the head of a column sorts the errors by it, the next click the other way round
 const body = document.querySelector("#errors tbody")
 document.querySelectorAll("#errors th").forEach((head, k) => head.onclick = () => {
   const text = row => row.cells[k].textContent
-  const rows = [...body.rows].sort((a, b) => text(a).localeCompare(text(b)))
+  const compare = (a, b) => text(a).localeCompare(text(b), undefined, {numeric: true})
+  const rows = [...body.rows].sort(compare)
+  if (rows[0] === body.rows[0]) rows.reverse()
   body.append(...rows)
 })
 </script>
@@ -382,21 +399,21 @@ def html_table(name, heads, rows):
     return f'<div><table id="{name}">{table}</table></div>'
 
 
-def draw_chart(title, xs, ys):
+def draw_chart(title, xs, ys, largest_x, largest_y):
     """A line through the points (x, y), both axes from 0 on: a picture uint8 (3, 220, 420)."""
     page = Image.new("RGB", (420, 220), "white")
     draw = ImageDraw.Draw(page)
-    largest_x = max(xs) or 1
-    largest_y = max(ys) or 1
+    draw.line(((40, 40), (40, 190), (400, 190)), "silver")
+    draw.text((40, 10), f"{title}, 0 to {largest_y:.4g}", "black", font_size=16)
+    draw.text((400, 194), f"{largest_x:,.7g}", "grey", font_size=14, anchor="ra")
     points = []
     for x, y in zip(xs, ys):
         right = 360 * x / largest_x
         up = 150 * y / largest_y
         points.append((40 + right, 190 - up))
-    draw.line(((40, 40), (40, 190), (400, 190)), "silver")
     draw.line(points, "royalblue", 3)
-    draw.text((40, 10), f"{title}, 0 to {largest_y:.4g}", "black", font_size=16)
-    draw.text((400, 194), f"{largest_x:,.7g}", "grey", font_size=14, anchor="ra")
+    for point in points:
+        draw.circle(point, 4, "royalblue")
     return pil_to_tensor(page)
 
 
@@ -411,19 +428,22 @@ def draw_curves(checkpoint):
     charts = []
     for name in ("loss", "accuracy", "cer"):
         values = [float(row[name]) for row in rows]
-        charts.append(draw_chart(f"{name} by images seen", images, values))
+        largest = max(1, *values)
+        charts.append(draw_chart(f"{name} by images seen", images, values, images[-1], largest))
     return charts
 
 
 def draw_reliability(results):
-    """A chart of the share of right reads by confidence: on the diagonal, it can be trusted."""
+    """A chart of the share of right reads by confidence.
+
+    Where a confidence can be trusted, the share is as large as the confidence."""
     bins = count_right((int(9.999 * r.confidence), r.is_right) for r in results)
     centres = []
     shares = []
     for k, (right, total) in sorted(bins.items()):
         centres.append((k + 0.5) / 10)
         shares.append(right / total)
-    return draw_chart("right reads by confidence", centres, shares)
+    return draw_chart("right reads by confidence", centres, shares, 1, 1)
 
 
 def draw_confusions(results):
@@ -441,11 +461,15 @@ def draw_confusions(results):
     return pictures
 
 
+ERROR_HEADS = ("picture", "true", "read", "confidence", "first character", "wrong place", "file")
+
+
 def error_row(result, picture):
-    """The cells of an error: picture, true, read, confidence, first character, wrong place."""
+    """The cells of an error, in the order of ERROR_HEADS."""
     pairs = zip(itertools.count(1), result.true, result.pred)
     wrong = next((place for place, a, b in pairs if a != b), "length")
-    texts = (result.true, result.pred, f"{result.confidence:.4f}", result.true[:1], wrong)
+    confidence = f"{result.confidence:.4f}"
+    texts = (result.true, result.pred, confidence, result.true[:1], wrong, result.name)
     return [image_tag(picture), *(html.escape(str(text)) for text in texts)]
 
 
@@ -458,7 +482,6 @@ def make_page(scores, charts, confusion_pictures, errors):
     facts.append(("calibration error", f"{scores['calibration_error']:.4f}"))
     firsts = [(char, right, total) for char, (right, total) in by_first(results).items()]
     places = [(place, right, total) for place, (right, total) in by_position(results).items()]
-    heads = ("picture", "true", "read", "confidence", "first character", "wrong place")
     parts = [
         html_table("scores", (), facts),
         *map(image_tag, charts),
@@ -466,12 +489,12 @@ def make_page(scores, charts, confusion_pictures, errors):
         *map(image_tag, confusion_pictures),
         "<h2>By first character</h2>",
         html_table("first", ("character", "right", "of"), firsts),
-        "<h2>By place</h2>",
+        "<h2>By place, over reads of the right length</h2>",
         html_table("place", ("place", "right", "of"), places),
         "<h2>Errors</h2>",
-        html_table("errors", heads, errors),
+        html_table("errors", ERROR_HEADS, errors),
     ]
-    title = html.escape(f"{scores['n']:,} {scores['source']}")
+    title = html.escape(describe_reading(scores))
     return PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
 
 

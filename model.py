@@ -468,8 +468,8 @@ def read_content(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        advice = f"train one with: python train.py --out {path}"
-        raise ValueError(f"{path}: no such checkpoint; {advice}") from None
+        advice = "name one that is there, or train one: python train.py"
+        raise ValueError(f"{path}: no such checkpoint or folder; {advice}") from None
     except Exception as error:  # broken files raise all kinds of errors
         reason = f"not a whole checkpoint ({one_line(error)})"
         raise ValueError(f"{path}: {reason}; train it again or copy it again") from None

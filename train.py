@@ -521,12 +521,14 @@ def finish_epoch(run, images, log):
         raise ValueError(f"{run.args.data}: no validation crop can be read; check the files")
     # Both choose the weights: a few dozen crops alone would choose by chance, and those of one
     # camera would choose what reads others badly. Without any, the last weights are kept.
+    # The best have the smallest score, and of equal ones the smaller loss.
     score = [-run.epoch, 0.0]
     if crops["n"] or plates["n"]:
         score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
     # take_step passes over a bad step now and then, so the last loss is asked, not their mean
     if not math.isfinite(log.losses[-1].item() + score[1]):
         raise ValueError("the loss is not a number; lower --lr")
+    is_best = run.best is None or score <= run.best
     scores = crops if crops["n"] else plates
     run.minutes = (time.time() - run.begin) / 60
     seen = run.epoch * images.steps * run.args.batch_size
@@ -538,11 +540,12 @@ def finish_epoch(run, images, log):
         line += f"val loss {row['val_loss']:7.4f}  accuracy {row['accuracy']:.4f}  "
         line += f"CER {row['cer']:.5f}  Levenshtein {row['levenshtein']:.4f}  "
     line += f"{run.minutes:.1f} min"
+    line += "  best so far" if is_best else ""
     if images.dataset and images.dataset.unreadable:
         line += f"  ({len(images.dataset.unreadable):,} unreadable files left out)"
     run.say(line)
     if run.rank == 0:
-        save_epoch(run, row, score)
+        save_epoch(run, row, score, is_best)
 
 
 # ---------------------------------------------------------------------------------------
@@ -606,13 +609,10 @@ def keep_earlier(out):
     print(f"{out}: the one of an earlier run is now {free}")
 
 
-def save_epoch(run, row, score):
-    """Write the state and the history, and the averaged weights if they are the best so far.
-
-    The best have the smallest `score`: [Levenshtein distance, loss]."""
+def save_epoch(run, row, score, is_best):
+    """Write the state and the history, and the averaged weights if they are the best so far."""
     out = run.args.out
     is_first = run.best is None
-    is_best = is_first or score <= run.best
     if is_best:
         run.best = score
     if is_first and Path(out).exists():
