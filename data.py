@@ -60,14 +60,32 @@ SEVEN = tuple(
     for count in range(3)
     for places in itertools.combinations(range(5), count)
 )
-EIGHT = tuple((PROVINCES, LETTERS, FUELS, fourth) + 4 * (DIGITS,) for fourth in (DIGITS, LETTERS))
+EIGHT = (
+    (PROVINCES, LETTERS, FUELS, DIGITS) + 4 * (DIGITS,),
+    (PROVINCES, LETTERS, FUELS, LETTERS) + 4 * (DIGITS,),
+)
 EIGHT_LARGE = ((PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),)
 PATTERNS = SEVEN + EIGHT + EIGHT_LARGE
 
 # (left edge, width) of every character in mm; behind the second one stands a dot
-SEVEN_BOXES = tuple((x, 45) for x in (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5))
-EIGHT_BOXES = ((15.5, 45),) + tuple(
-    (x, 43) for x in (69.5, 161.5, 213.5, 265.5, 317.5, 369.5, 421.5)
+SEVEN_BOXES = (
+    (15.5, 45),
+    (72.5, 45),
+    (151.5, 45),
+    (208.5, 45),
+    (265.5, 45),
+    (322.5, 45),
+    (379.5, 45),
+)
+EIGHT_BOXES = (
+    (15.5, 45),
+    (69.5, 43),
+    (161.5, 43),
+    (213.5, 43),
+    (265.5, 43),
+    (317.5, 43),
+    (369.5, 43),
+    (421.5, 43),
 )
 
 OWN_FACE = range(0, 4)  # rows of glyphs.png: the plates' own characters in four widths of the pen
@@ -92,17 +110,40 @@ class PlateType(NamedTuple):
     faces: range = OWN_FACE
 
 
-GREEN = {"fade": 1.0, "width": 480, "boxes": EIGHT_BOXES, "faces": GREEN_FACE}
+GREEN_SHAPE = {"width": 480, "boxes": EIGHT_BOXES, "faces": GREEN_FACE}
 PLATE_TYPES = (
-    PlateType("blue", 0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), ink=BRIGHT),
-    PlateType("green", 0.11, ((0.10, 0.60, 0.35), (0.35, 0.85, 0.60)), patterns=EIGHT, **GREEN),
-    # electric trucks and buses
     PlateType(
-        "large green", 0.01, ((0.40, 0.60, 0.10), (0.80, 0.85, 0.45)), patterns=EIGHT_LARGE, **GREEN
+        "blue",
+        share=0.80,
+        ground=((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)),
+        ink=BRIGHT,
     ),
-    # trucks and buses
-    PlateType("yellow", 0.07, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
-    PlateType("white", 0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
+    PlateType(
+        "green",
+        share=0.11,
+        ground=((0.10, 0.60, 0.35), (0.35, 0.85, 0.60)),
+        fade=1.0,
+        patterns=EIGHT,
+        **GREEN_SHAPE,
+    ),
+    PlateType(
+        "large green",  # electric trucks and buses
+        share=0.01,
+        ground=((0.40, 0.60, 0.10), (0.80, 0.85, 0.45)),
+        fade=1.0,
+        patterns=EIGHT_LARGE,
+        **GREEN_SHAPE,
+    ),
+    PlateType(
+        "yellow",  # trucks and buses
+        share=0.07,
+        ground=((0.65, 0.45, 0.00), (1.00, 0.80, 0.35)),
+    ),
+    PlateType(
+        "white",
+        share=0.01,
+        ground=((0.70, 0.70, 0.70), (1.00, 1.00, 1.00)),
+    ),
 )
 
 
@@ -117,7 +158,8 @@ def read_alphabet(text):
             raise argparse.ArgumentTypeError(f"{text}: not UTF-8 text; save it as UTF-8") from None
     elif re.search(r"[/\\]|\.\w{1,4}$", text):
         raise argparse.ArgumentTypeError(f"{text}: no such file; name one or give the characters")
-    alphabet = "".join(dict.fromkeys("".join(text.split())))
+    characters = "".join(text.split())
+    alphabet = "".join(dict.fromkeys(characters))
     if not alphabet:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
     if "-" in alphabet:
@@ -145,7 +187,8 @@ def parse_label(path, alphabet=ALPHABET):
         return (text if fits else None), False
     text = unicodedata.normalize("NFKC", text).upper()  # full-width characters too
     text = re.sub("[·•・‧]", "", text)  # people write 皖A·X511H
-    plate = text[:2] + text[2:].replace("O", "0").replace("I", "1")
+    number = text[2:].replace("O", "0").replace("I", "1")
+    plate = text[:2] + number
     if not PLATE.fullmatch(plate):
         return None, False
     return plate, plate != text
@@ -173,7 +216,8 @@ def list_images(folder):
 
 def split_folder(root, split):
     """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    if not Path(root, "train").is_dir() and not Path(root, "test").is_dir():
+    has_splits = Path(root, "train").is_dir() or Path(root, "test").is_dir()
+    if not has_splits:
         return Path(root)
     if not Path(root, split).is_dir():
         raise ValueError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
@@ -185,7 +229,8 @@ def split_validation(texts, share):
 
     About `share` of the plates go to validation. No plate is on both sides, and the same texts
     always give the same split."""
-    plates = sorted(set(texts), key=lambda text: zlib.crc32(text.encode()))
+    plates = set(texts)
+    plates = sorted(plates, key=lambda text: zlib.crc32(text.encode()))
     count = round(share * len(plates))
     if share > 0 and len(plates) > 1:
         count = max(1, count)
@@ -197,7 +242,8 @@ def split_validation(texts, share):
 
 def printable(path):
     """A path for one line of a terminal: control characters are escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))
+    chars = [char if char.isprintable() else repr(char)[1:-1] for char in str(path)]
+    return "".join(chars)
 
 
 def warn_about(paths, why):
@@ -287,7 +333,8 @@ def open_image(source):
 def read_image(source, size):
     """An image file or array as uint8 (3, *size): for training, evaluation and prediction alike."""
     height, width = size
-    image = open_image(source).resize((width, height), Image.BILINEAR)  # antialiased if it shrinks
+    image = open_image(source)
+    image = image.resize((width, height), Image.BILINEAR)  # antialiased if it shrinks
     return pil_to_tensor(image)
 
 
@@ -305,7 +352,8 @@ class PlateDataset(torch.utils.data.Dataset):
         self.paths = paths
         self.texts = texts
         self.size = size
-        self.capacity = cache_bytes // (3 * size[0] * size[1])
+        image_bytes = 3 * size[0] * size[1]
+        self.capacity = cache_bytes // image_bytes
         self.cache = {}
         self.unreadable = set()
 
@@ -341,7 +389,9 @@ def load_batches(dataset, batches, threads):
         items = [item for item in map(dataset.get, indices) if item]
         images = [image for image, _ in items]
         texts = [text for _, text in items]
-        return torch.stack(images) if images else torch.empty(0, 3, *dataset.size), texts
+        if not images:
+            return torch.empty(0, 3, *dataset.size), []
+        return torch.stack(images), texts
 
     waiting = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -421,13 +471,15 @@ def make_seed(*counters):
     """One seed for several counters, such as (seed, epoch, step, rank).
 
     So each step's random numbers follow from its place in the run, not from what ran before."""
-    state = np.random.SeedSequence(counters).generate_state(1, np.uint64)[0]
-    return int(state >> np.uint64(1))
+    sequence = np.random.SeedSequence(counters)
+    seed = sequence.generate_state(1, np.uint64)[0]
+    return int(seed >> np.uint64(1))  # torch takes 63 bits
 
 
 def on_device(values, device, dtype=torch.float32):
     """A small tensor on `device`, copied without waiting for the device."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------
@@ -456,7 +508,8 @@ def load_glyphs(height, device="cpu"):
     with Image.open(GLYPHS) as image:
         sheet = pil_to_tensor(image.convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
     faces = sheet.shape[1] // CELL_H
-    cells = sheet.view(faces, CELL_H, len(ALPHABET), CELL_W).transpose(1, 2)
+    cells = sheet.view(faces, CELL_H, len(ALPHABET), CELL_W)
+    cells = cells.transpose(1, 2)  # (faces, characters, CELL_H, CELL_W)
     size = (height, height // 2)
     cells = F.interpolate(cells, size, mode="bilinear", antialias=True)
     return cells.clamp(0, 1).to(device)
@@ -472,7 +525,8 @@ def random_text(plate_type, rng, practice):
 
     A share `practice` of the strings are no plates: they hold provinces in all places. It is
     practice for the 31 characters that are hardest to tell apart, and stand only once a plate."""
-    text = [rng.numbers.choice(chars) for chars in rng.numbers.choice(plate_type.patterns)]
+    pattern = rng.numbers.choice(plate_type.patterns)
+    text = [rng.numbers.choice(chars) for chars in pattern]
     if rng.happens(practice):
         for k in range(1, len(text)):
             if rng.happens(0.5):
@@ -484,19 +538,24 @@ def stamp(plate, mask, x, y, colour, mm):
     """Paint `colour` through a mask in [0, 1], its upper left corner at (x, y) mm."""
     left = max(0, round(x * mm))
     top = max(0, round(y * mm))
-    part = plate[:, :, top : top + mask.shape[-2], left : left + mask.shape[-1]]
+    right = left + mask.shape[-1]
+    bottom = top + mask.shape[-2]
+    part = plate[:, :, top:bottom, left:right]
     height, width = part.shape[2:]  # the mask may reach over the edge
     part.lerp_(colour.expand_as(part), mask[..., :height, :width])
 
 
 def draw_surroundings(count, mm, rng):
     """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
-    size = (round(CANVAS_HEIGHT * mm), round(CANVAS_WIDTH * mm))
+    height = round(CANVAS_HEIGHT * mm)
+    width = round(CANVAS_WIDTH * mm)
     mode = "bilinear" if rng.happens(0.7) else "nearest"
-    blotches = F.interpolate(rng.rand(count, 1, 2, 14) - 0.5, size, mode=mode)
+    blotches = rng.rand(count, 1, 2, 14) - 0.5
+    blotches = F.interpolate(blotches, (height, width), mode=mode)
     grey, brightness, contrast = rng.rand(3, count, 1, 1, 1)
     colour = grey + 0.5 * (rng.per_channel(count) - 0.5)
-    return colour * brightness + (0.3 + 0.7 * contrast) * blotches
+    contrast = 0.3 + 0.7 * contrast
+    return colour * brightness + contrast * blotches
 
 
 def draw_background(plate, plate_type, rng):
@@ -504,15 +563,17 @@ def draw_background(plate, plate_type, rng):
     count, _, height, _ = plate.shape
     darkest, brightest = on_device(plate_type.ground, rng.device).view(2, 3, 1, 1)
     ground = darkest + (brightest - darkest) * rng.per_channel(count)
+    downwards = torch.linspace(1, 0, height, device=rng.device)
     fade = plate_type.fade * rng.per_image(count).sqrt()
-    fade = fade * torch.linspace(1, 0, height, device=rng.device).view(-1, 1)
+    fade = fade * downwards.view(-1, 1)
     plate.copy_(ground + (0.9 - ground) * fade)
 
 
 def draw_border(plate, ink, mm, rng):
     """The thin line along the edge, fainter on some plates."""
     edge = rng.numbers.uniform(3, 6)
-    line = max(1, round(rng.numbers.uniform(2, 5.5) * mm))
+    thickness = rng.numbers.uniform(2, 5.5)
+    line = max(1, round(thickness * mm))
     height, width = plate.shape[2:]
     inset = 2 * round(edge * mm)
     frame = torch.ones(height - inset, width - inset, device=rng.device)
@@ -537,8 +598,9 @@ def draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng):
     face = choose_faces(plate_type, len(texts), len(glyphs), rng)  # (B, 1)
     masks = glyphs[face, codes]  # (B, length, h, w)
     for place, (x, width) in enumerate(plate_type.boxes):
-        size = (masks.shape[2], round(width * mm))
-        mask = F.interpolate(masks[:, place : place + 1], size, mode="bilinear", antialias=True)
+        mask = masks[:, place : place + 1]  # (B, 1, h, w)
+        size = (mask.shape[2], round(width * mm))
+        mask = F.interpolate(mask, size, mode="bilinear", antialias=True)
         # no two plates are pressed alike
         x = x + rng.numbers.uniform(-1.5, 1.5)
         y = CHARACTER_TOP + rng.numbers.uniform(-1.5, 1.5)
@@ -547,23 +609,29 @@ def draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng):
     gap_end = plate_type.boxes[2][0]
     gap_middle = (gap_start + gap_end) / 2
     side = max(2, round(10 * mm))
-    dot = rng.per_image(len(texts)).expand(-1, -1, side, side)
+    strength = rng.per_image(len(texts))
+    dot = strength.expand(-1, -1, side, side)
     stamp(plate, dot, gap_middle - 5, 65, ink, mm)
 
 
 def draw_screws(plate, plate_type, mm, rng):
     """Screws or seals in some of the four holes; they may cover a part of a character."""
     size = rng.numbers.uniform(8, 16)
-    x = torch.linspace(-1, 1, max(3, round(size * mm)), device=rng.device)
+    pixels = max(3, round(size * mm))
+    x = torch.linspace(-1, 1, pixels, device=rng.device)
     y = x.view(-1, 1)
-    disc = (1.3 - x.square() - y.square()).clamp(0, 1)
+    distance = x.square() + y.square()
+    disc = (1.3 - distance).clamp(0, 1)  # with a soft edge
     hole_xs = (0.25 * plate_type.width, 0.75 * plate_type.width)
     hole_ys = (12, 128)
     for hole_x, hole_y in itertools.product(hole_xs, hole_ys):
         chance, brightness = rng.rand(2, len(plate), 1, 1, 1)
-        left = hole_x - size / 2 + rng.numbers.uniform(-8, 8)
-        top = hole_y - size / 2 + rng.numbers.uniform(-5, 5)
-        colour = brightness * (1 - 0.4 * rng.per_channel(len(plate)))
+        middle_x = hole_x + rng.numbers.uniform(-8, 8)
+        middle_y = hole_y + rng.numbers.uniform(-5, 5)
+        left = middle_x - size / 2
+        top = middle_y - size / 2
+        tint = 0.4 * rng.per_channel(len(plate))
+        colour = brightness * (1 - tint)
         is_there = chance < 0.4
         stamp(plate, disc * is_there, left, top, colour, mm)
 
@@ -599,14 +667,20 @@ def draw_plates(count, size, rng, glyphs, practice=0.0):
     canvases = []
     extents = []
     for plate_type, number in counts.items():
-        new_texts = [random_text(plate_type, rng, practice) for _ in range(number)]
+        new_texts = []
+        for _ in range(number):
+            new_texts.append(random_text(plate_type, rng, practice))
         texts += new_texts
         canvases.append(paint(plate_type, new_texts, glyphs, rng))
-        extents += [(plate_type.width / CANVAS_WIDTH, PLATE_HEIGHT / CANVAS_HEIGHT)] * number
+        share_x = plate_type.width / CANVAS_WIDTH
+        share_y = PLATE_HEIGHT / CANVAS_HEIGHT
+        extents += [(share_x, share_y)] * number
     handful = HANDFUL[rng.device.type]
     canvases = torch.cat(canvases).split(handful)
     extents = on_device(extents, rng.device).split(handful)
-    images = [camera(canvas, size, rng, 1.0, extent) for canvas, extent in zip(canvases, extents)]
+    images = []
+    for canvas, extent in zip(canvases, extents):
+        images.append(camera(canvas, size, rng, 1.0, extent))
     return torch.cat(images), texts
 
 
@@ -625,14 +699,16 @@ def synthetic_batches(count, seed, size, batch_size=250):
 # a little worse than perfect, and a few are very bad.
 
 CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
-CORNERS = ((-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0), (1.0, 1.0))  # of a picture, by rows
+CORNERS_X = (-1.0, 1.0, -1.0, 1.0)  # the corners of a picture, by rows
+CORNERS_Y = (-1.0, -1.0, 1.0, 1.0)
 
 
 def random_corners(count, rng, strength):
     """Where the corners of the crop lie on the plate, (B, 4, 2), the plate being [-1, 1] both ways.
 
     The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so."""
-    x, y = on_device(CORNERS, rng.device).unbind(1)  # (4,)
+    x = on_device(CORNERS_X, rng.device)  # (4,)
+    y = on_device(CORNERS_Y, rng.device)
     tilt, shear = strength * rng.randn(2, count, 1)  # (B, 1)
     tilt = 0.3 * tilt
     shear = 0.06 * shear
@@ -647,20 +723,24 @@ def random_corners(count, rng, strength):
     # from 5% (in height 10%) more than the plate to 10% (45%) less
     loosest = on_device((-0.05, -0.10), rng.device)
     tightest = on_device((0.10, 0.45), rng.device)
-    zoom = 1 + strength * (loosest + (tightest - loosest) * rng.rand(count, 1, 2))
-    moved = 0.04 * strength * (rng.randn(count, 1, 2) + rng.randn(count, 4, 2))
-    return on_plate / zoom + moved
+    tightness = loosest + (tightest - loosest) * rng.rand(count, 1, 2)
+    zoom = 1 + strength * tightness
+    moved = rng.randn(count, 1, 2)  # the whole box
+    moved = moved + rng.randn(count, 4, 2)  # and each corner
+    return on_plate / zoom + 0.04 * strength * moved
 
 
 def warp(images, size, rng, strength, extent):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size)."""
     count = len(images)
     corners = random_corners(count, rng, strength) * extent.unsqueeze(1)  # (B, 4, 2)
-    corners = corners.transpose(1, 2).view(count, 2, 2, 2)  # x and y of each, above and below
+    corners = corners.transpose(1, 2)  # (B, 2, 4): x and y of each corner
+    corners = corners.view(count, 2, 2, 2)  # two of the corners above, two below
     grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
     # every stroke is a little out of place, so that no exact shape is learnt by heart
+    largest = on_device((0.010, 0.025), rng.device)  # across, and up or down
     bend = rng.randn(count, 2, 6, 20) * rng.per_image(count)
-    bend = bend * on_device((0.010, 0.025), rng.device).view(2, 1, 1)
+    bend = bend * largest.view(2, 1, 1)
     bend = F.interpolate(bend, size, mode="bilinear")  # (B, 2, H, W)
     grid = grid + strength * bend
     grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
@@ -673,20 +753,24 @@ def relight(images, rng, strength):
     exposure, slope_x, slope_y = rng.randn(3, count, 1, 1, 1)
     glare, spot_x, spot_y, haze, greyness = rng.rand(5, count, 1, 1, 1)
     tint = rng.randn(count, 3, 1, 1)
-    images = images * (strength * (0.45 * exposure + 0.25 * tint)).exp()
+    light = 0.45 * exposure + 0.25 * tint
+    images = images * (strength * light).exp()
     # all cameras see colour in their own way, and a few see little of it
     greyness = strength * greyness.squeeze(3) ** 2
-    mix = (1 - greyness) * torch.eye(3, device=rng.device) + greyness / 3
+    same_colours = torch.eye(3, device=rng.device)
+    mix = (1 - greyness) * same_colours + greyness / 3
     mix = mix + 0.15 * strength * rng.randn(count, 3, 3)
     images = (mix @ images.flatten(2)).view_as(images)
     x = torch.linspace(-1, 1, width, device=rng.device)
-    y = torch.linspace(-1, 1, height, device=rng.device).view(-1, 1)
+    y = torch.linspace(-1, 1, height, device=rng.device)
+    y = y.view(-1, 1)
     slope = 1 + 0.3 * strength * (slope_x * x + slope_y * y)
     slope = slope.clamp(min=0.2)
     # glare is a bright spot with soft edges; most pictures have none
     distance_x = 2 * (x + 1 - 2 * spot_x)
     distance_y = y + 1 - 2 * spot_y
-    spot = (-2 * (distance_x**2 + distance_y**2)).exp()
+    distance = distance_x**2 + distance_y**2
+    spot = (-2 * distance).exp()
     glare = (1.2 * strength * glare - 0.6).clamp(min=0)
     images = images * slope + glare * spot
     haze_colour = rng.per_channel(count).expand_as(images)
@@ -697,9 +781,11 @@ def relight(images, rng, strength):
 def blur(images, rng, strength):
     """Lens and movement blur each axis by itself; then the camera sharpens, which leaves halos."""
     reach = torch.arange(-3, 4, device=rng.device)
-    halo = (reach == 0).float() - torch.softmax(-(reach**2) / 3, 0)
+    centre = (reach == 0).float()
+    halo = centre - torch.softmax(-(reach**2) / 3, 0)
     halo = halo * strength * rng.numbers.random() ** 2
-    for axis, padding in ((2, (0, 0, 3, 3)), (3, (3, 3, 0, 0))):
+    paddings = {2: (0, 0, 3, 3), 3: (3, 3, 0, 0)}  # for the rows, and for the columns
+    for axis, padding in paddings.items():
         defocus = 0.7 * rng.numbers.random() ** 3
         movement = 1.2 * rng.numbers.random() ** 10
         sigma = 0.15 + strength * images.shape[2] / 32 * (defocus + movement)
@@ -714,9 +800,13 @@ def blur(images, rng, strength):
 
 def compress(images, rng):
     """JPEG at a random quality. Float (B, 3, h, w) in [0, 1]."""
-    pixels = (images.clamp(0, 1) * 255).to("cpu", torch.uint8)
     quality = rng.numbers.randint(35, 95)
-    pixels = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in pixels])
+    images = 255 * images.clamp(0, 1)
+    pictures = []
+    for image in images.to("cpu", torch.uint8):  # the encoder is a CPU's
+        file = encode_jpeg(image, quality)
+        pictures.append(decode_jpeg(file))
+    pixels = torch.stack(pictures)
     return pixels.to(images.device, non_blocking=True) / 255
 
 
@@ -732,8 +822,10 @@ def camera(images, size, rng, strength=1.0, extent=None):
     if extent is None:
         extent = torch.ones(len(images), 2, device=images.device)
     # each side has fewer pixels by itself; then the network's input size is an enlargement
-    fewer = [0.55 * strength * rng.numbers.random() ** 2 for _ in size]
-    sensor = [round(side * (1 - share)) for side, share in zip(size, fewer)]
+    sensor = []
+    for side in size:
+        fewer = 0.55 * strength * rng.numbers.random() ** 2
+        sensor.append(round(side * (1 - fewer)))
     # some programs shrink a picture without smoothing it first, which leaves jagged strokes
     is_smooth = rng.happens(0.5)
     images = warp(images, size if is_smooth else sensor, rng, strength, extent)
@@ -746,7 +838,8 @@ def camera(images, size, rng, strength=1.0, extent=None):
     if rng.happens(0.6 * strength):
         images = compress(images, rng)
     images = F.interpolate(images, size, mode="bilinear")
-    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+    images = (255 * images).round().clamp(0, 255)
+    return images.to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------
@@ -760,16 +853,20 @@ def character_picture(char, height):
         return load_glyphs(height)[0, ALPHABET.index(char)]
     cell = Image.new("L", (height // 2, height))
     font = ImageFont.load_default(height * 3 // 4)
-    ImageDraw.Draw(cell).text((height // 4, height // 2), char, 255, font, anchor="mm")
+    middle = (height // 4, height // 2)
+    ImageDraw.Draw(cell).text(middle, char, 255, font, anchor="mm")
     return pil_to_tensor(cell)[0] / 255
 
 
 def text_picture(text, height, colours=None):
     """`text` on white: uint8 (3, height, w). colours: one RGB colour in [0, 255] a character."""
+    text = text or " "
+    colours = colours or [(0, 0, 0)] * len(text)
     cells = []
-    for char, colour in zip(text or " ", colours or itertools.repeat((0, 0, 0))):
+    for char, colour in zip(text, colours):
         ink = torch.tensor(colour).view(3, 1, 1)
-        cell = F.pad(character_picture(char, height), (1, 1))
+        cell = character_picture(char, height)
+        cell = F.pad(cell, (1, 1))
         cells.append(255 - cell * (255 - ink))
     return torch.cat(cells, 2).to(torch.uint8)
 
@@ -779,7 +876,9 @@ def add_captions(image, captions):
     rows = [image]
     for caption in captions:
         spare = image.shape[2] - caption.shape[2]
-        rows.append(F.pad(caption, (spare // 2, spare - spare // 2, 3, 0), value=255))
+        left = spare // 2
+        right = spare - left
+        rows.append(F.pad(caption, (left, right, 3, 0), value=255))
     return torch.cat(rows, 1)
 
 
@@ -842,7 +941,8 @@ def check_output(path, suffix):
     The suffix is asked for so that a checkpoint or a photograph is never written over."""
     if Path(path).suffix.lower() != suffix:
         raise ValueError(f"{path}: give it a name that ends in {suffix}")
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path}: not a file in a folder that is there; choose another")
 
 
@@ -918,8 +1018,11 @@ def describe_images(texts, sizes, alphabet):
     }
     widths, heights = np.array(sizes or [(0, 0)]).T
     for name, side in (("widths", widths), ("heights", heights)):
-        median = int(np.median(side))
-        facts[name] = {"min": int(side.min()), "median": median, "max": int(side.max())}
+        facts[name] = {
+            "min": int(side.min()),
+            "median": int(np.median(side)),
+            "max": int(side.max()),
+        }
     return facts
 
 
@@ -948,8 +1051,9 @@ def sort_files(folder, paths, looks, alphabet):
             problems["unreadable images"].append(digest)
         elif first.setdefault(digest, name) != name:
             problems["copies"].append(f"{name} is {first[digest]}")
-    both = set(texts_of.get("train", [])) & set(texts_of.get("test", []))
-    problems["plates in train and test"] = sorted(both)
+    train = set(texts_of.get("train", []))
+    test = set(texts_of.get("test", []))
+    problems["plates in train and test"] = sorted(train & test)
     return texts_of, problems
 
 
@@ -963,7 +1067,8 @@ def audit(folder, report=None, alphabet=ALPHABET):
     if not paths:
         raise ValueError(f"{folder}: no images in it; give a folder of crops")
     with ThreadPoolExecutor(count_cpus()) as pool:
-        looks = list(show_progress(pool.map(look_at_file, paths), len(paths), "image"))
+        looks = pool.map(look_at_file, paths)
+        looks = list(show_progress(looks, len(paths), "image"))
     texts_of, problems = sort_files(folder, paths, looks, alphabet)
     facts = {}
     for split, texts in sorted(texts_of.items()):
@@ -972,7 +1077,8 @@ def audit(folder, report=None, alphabet=ALPHABET):
     sizes = [size for size, _ in looks if size]
     facts |= describe_images(all_texts, sizes, alphabet)
     for name, fact in facts.items():
-        print(f"{name:26} " + "  ".join(f"{key} {value}" for key, value in fact.items()))
+        pairs = [f"{key} {value}" for key, value in fact.items()]
+        print(f"{name:26}", "  ".join(pairs))
     for name, offenders in problems.items():
         print(f"{name:26} {len(offenders):,}", *offenders[:3], sep="\n" + " " * 27)
     if report:
@@ -990,8 +1096,10 @@ def show(folder, out, augmented=False, alphabet=ALPHABET):
         images, texts = next(synthetic_batches(24, 0, size))
     else:
         paths, texts = find_crops(folder, alphabet)
-        chosen = rng.numbers.sample(range(len(paths)), min(24, len(paths)))
-        images, texts = next(load_batches(PlateDataset(paths, texts, size), [chosen], 1))
+        count = min(24, len(paths))
+        chosen = rng.numbers.sample(range(len(paths)), count)
+        dataset = PlateDataset(paths, texts, size)
+        images, texts = next(load_batches(dataset, [chosen], 1))
         if not texts:
             raise ValueError(f"{folder}: none of {len(chosen)} images can be read; check the files")
         if augmented:
@@ -1023,7 +1131,8 @@ CCPD_NUMBERS = LETTERS + DIGITS + "O"
 
 def parse_points(text):
     """CCPD writes points as 154&383_386&473: a list of (x, y)."""
-    return [tuple(map(int, pair.split("&"))) for pair in text.split("_")]
+    pairs = [pair.split("&") for pair in text.split("_")]
+    return [(int(x), int(y)) for x, y in pairs]
 
 
 def parse_frame(path):
@@ -1036,7 +1145,8 @@ def parse_frame(path):
         (x0, y0), (x1, y1) = box = parse_points(box)
         lower_right, lower_left, upper_left, upper_right = corners = parse_points(corners)
         tables = [CCPD_PROVINCES, CCPD_LETTERS] + [CCPD_NUMBERS] * 6
-        plate = "".join(table[int(k)] for table, k in zip(tables, indices.split("_")))
+        pairs = zip(tables, indices.split("_"))
+        plate = "".join(table[int(k)] for table, k in pairs)
         plate = plate.replace("O", "")
     except (ValueError, IndexError):
         raise ValueError("the name is not that of a CCPD photograph") from None
@@ -1058,7 +1168,8 @@ def straighten(image, corners, margin):
     y0 = round(margin * max(heights))
     x1 = x0 + round(max(widths))
     y1 = y0 + round(max(heights))
-    image = perspective(image, corners, [(x1, y1), (x0, y1), (x0, y0), (x1, y0)])
+    targets = [(x1, y1), (x0, y1), (x0, y0), (x1, y0)]  # in the same order
+    image = perspective(image, corners, targets)
     return image, ((x0, y0), (x1, y1))
 
 
@@ -1096,19 +1207,23 @@ def crop(frames, out, rectify=False, margin=0.0):
 
     def cut(path):
         try:
-            return cut_frame(path, Path(out, path.relative_to(frames).parent), rectify, margin)
+            folder = Path(out, path.relative_to(frames).parent)
+            return cut_frame(path, folder, rectify, margin)
         except ValueError as error:
             print(f"warning: {printable(path)}: skipped, {error}", file=sys.stderr)
             return "skipped"
 
     # the crops of an earlier run are no photographs
     own = Path(out).resolve()
-    paths = [path for path in list_images(frames) if own not in path.resolve().parents]
+    paths = list_images(frames)
+    paths = [path for path in paths if own not in path.resolve().parents]
     if not paths:
         raise ValueError(f"{frames}: no photographs in it, outside {out}; name another folder")
     with ThreadPoolExecutor(count_cpus()) as pool:
-        counts = Counter(show_progress(pool.map(cut, paths), len(paths), "photograph"))
-    print(f"{out}: " + ", ".join(f"{count:,} {result}" for result, count in counts.most_common()))
+        results = pool.map(cut, paths)
+        counts = Counter(show_progress(results, len(paths), "photograph"))
+    words = [f"{count:,} {result}" for result, count in counts.most_common()]
+    print(f"{out}: " + ", ".join(words))
 
 
 def parse_arguments(argv):
@@ -1118,7 +1233,8 @@ def parse_arguments(argv):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = {}
     for tool in (audit, show, render, crop):
-        command = commands.add_parser(tool.__name__, help=(tool.__doc__ or "").partition("\n")[0])
+        first_line = (tool.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(tool.__name__, help=first_line)
         command.set_defaults(tool=tool)
         add[tool] = command.add_argument
     for tool in (audit, show):

@@ -69,12 +69,15 @@ def levenshtein(a, b):
 
 def cer(trues, preds):
     """Character error rate: all edits over all true characters, in [0, inf)."""
-    return sum(map(levenshtein, preds, trues)) / max(1, sum(map(len, trues)))
+    edits = sum(map(levenshtein, preds, trues))
+    characters = sum(map(len, trues))
+    return edits / max(1, characters)
 
 
 def accuracy(trues, preds):
     """The share of strings read without any error, in [0, 1]."""
-    return sum(map(str.__eq__, trues, preds)) / max(1, len(trues))
+    right = sum(map(str.__eq__, trues, preds))
+    return right / max(1, len(trues))
 
 
 def wilson(share, n):
@@ -86,7 +89,8 @@ def wilson(share, n):
         return 0.0, 1.0
     k = 1.96**2 / n  # 1.96 deviations to either side hold 95% of a normal distribution
     centre = (share + k / 2) / (1 + k)
-    spread = math.sqrt(share * (1 - share) * k + k * k / 4) / (1 + k)
+    variance = share * (1 - share) * k + k * k / 4
+    spread = math.sqrt(variance) / (1 + k)
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
@@ -125,7 +129,8 @@ def match_characters(trues, preds):
 
 def confusions(trues, preds):
     """Counter of (true, read) characters, over wrong reads of the right length."""
-    return Counter((a, b) for _, a, b in match_characters(trues, preds) if a != b)
+    matches = match_characters(trues, preds)
+    return Counter((a, b) for _, a, b in matches if a != b)
 
 
 def count_right(pairs):
@@ -182,8 +187,9 @@ def choose_crops(root, split, args, alphabet):
     _, val_ids = data.split_validation(texts, args.get("val") or 0)
     if not val_ids:
         raise ValueError(f"{folder}: the network learnt from all of it; add a test folder")
-    title += " that training left out to choose its weights by"
-    return [paths[k] for k in val_ids], [texts[k] for k in val_ids], title
+    paths = [paths[k] for k in val_ids]
+    texts = [texts[k] for k in val_ids]
+    return paths, texts, f"{title} that training left out to choose its weights by"
 
 
 def draw_synthetic(size):
@@ -191,7 +197,8 @@ def draw_synthetic(size):
     arrays = []
     texts = []
     for images, new_texts in data.synthetic_batches(*SYNTHETIC_TEST, size):
-        arrays += list(images.permute(0, 2, 3, 1).numpy())  # (B, 3, H, W) to (B, H, W, 3)
+        images = images.permute(0, 2, 3, 1)  # (B, 3, H, W) to (B, H, W, 3)
+        arrays += list(images.numpy())
         texts += new_texts
     return arrays, texts
 
@@ -219,7 +226,8 @@ def count_seen(results, train_folder, alphabet):
     """The right reads of "seen" and "unseen" plates, see count_right.
 
     A plate that was photographed twice can be in train as well: was it read, or known by heart?"""
-    known = {data.parse_label(path, alphabet)[0] for path in data.list_images(train_folder)}
+    paths = data.list_images(train_folder)
+    known = {data.parse_label(path, alphabet)[0] for path in paths}
     pairs = []
     for result in results:
         pairs.append(("seen" if result.true in known else "unseen", result.is_right))
@@ -349,7 +357,8 @@ def error_picture(result):
     """The image, under it the truth, and under that the read; differences are red."""
     truth = compared_picture(result.true, result.pred)
     read = compared_picture(result.pred, result.true)
-    return data.add_captions(data.read_image(result.source, (64, 256)), [truth, read])
+    image = data.read_image(result.source, (64, 256))
+    return data.add_captions(image, [truth, read])
 
 
 # ---------------------------------------------------------------------------------------
@@ -386,8 +395,9 @@ document.querySelectorAll("#errors th").forEach((head, k) => head.onclick = () =
 
 def image_tag(picture):
     """A picture uint8 (3, h, w) as HTML that holds the whole of it."""
-    content = base64.b64encode(data.encode_image(to_pil_image(picture), "PNG")).decode()
-    return f'<img src="data:image/png;base64,{content}">'
+    content = data.encode_image(to_pil_image(picture), "PNG")
+    text = base64.b64encode(content).decode()
+    return f'<img src="data:image/png;base64,{text}">'
 
 
 def html_table(name, heads, rows):
@@ -429,7 +439,8 @@ def draw_curves(checkpoint):
     for name in ("loss", "accuracy", "cer"):
         values = [float(row[name]) for row in rows]
         largest = max(1, *values)
-        charts.append(draw_chart(f"{name} by images seen", images, values, images[-1], largest))
+        title = f"{name} by images seen"
+        charts.append(draw_chart(title, images, values, images[-1], largest))
     return charts
 
 
@@ -448,16 +459,17 @@ def draw_reliability(results):
 
 def draw_confusions(results):
     """The 20 commonest confusions, an error picture of each, with the pair and its count."""
+    counts = Counter()
     example = {}
-    errors = [result for result in results if not result.is_right]
-    for result in errors:
-        for pair in confusions([result.true], [result.pred]):
+    for result in results:
+        for pair in confusions([result.true], [result.pred]).elements():
+            counts[pair] += 1
             example.setdefault(pair, result)
-    counts = confusions([r.true for r in errors], [r.pred for r in errors])
     pictures = []
-    for (a, b), count in counts.most_common(20):
-        caption = data.text_picture(f"{a}-{b} {count}", 24)
-        pictures.append(data.add_captions(error_picture(example[a, b]), [caption]))
+    for pair, count in counts.most_common(20):
+        picture = error_picture(example[pair])
+        caption = data.text_picture(f"{'-'.join(pair)} {count}", 24)
+        pictures.append(data.add_captions(picture, [caption]))
     return pictures
 
 
@@ -466,11 +478,15 @@ ERROR_HEADS = ("picture", "true", "read", "confidence", "first character", "wron
 
 def error_row(result, picture):
     """The cells of an error, in the order of ERROR_HEADS."""
-    pairs = zip(itertools.count(1), result.true, result.pred)
-    wrong = next((place for place, a, b in pairs if a != b), "length")
+    wrong = "length"
+    for place, a, b in match_characters([result.true], [result.pred]):
+        if a != b:
+            wrong = place
+            break
     confidence = f"{result.confidence:.4f}"
     texts = (result.true, result.pred, confidence, result.true[:1], wrong, result.name)
-    return [image_tag(picture), *(html.escape(str(text)) for text in texts)]
+    cells = [html.escape(str(text)) for text in texts]
+    return [image_tag(picture), *cells]
 
 
 def make_page(scores, charts, confusion_pictures, errors):

@@ -51,9 +51,10 @@ RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 def check_size(size, rows, columns):
     """Raise ValueError unless the convolutions can halve a picture of this (height, width)."""
     height, width = size
+    height_fits = height in range(rows, 513, rows)
     # narrower ones would leave fewer time steps than a plate needs
-    fits = height in range(rows, 513, rows) and width in range(64, 2049, columns)
-    if not fits:
+    width_fits = width in range(64, 2049, columns)
+    if not (height_fits and width_fits):
         raise ValueError(
             f"--size {height} {width}: this network takes multiples of {rows} x {columns}, "
             f"from {rows} x 64 to 512 x 2048"
@@ -121,10 +122,12 @@ class CRNN(nn.Module):
         for c_out, rows, columns in layers:
             self.cnn.append(ConvNorm(c_in, c_out, stride=(rows, columns)))
             c_in = c_out
-        # the rows that are left become one
-        self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
+        rows_left = size[0] // 16
+        # they become one
+        self.cnn.append(ConvNorm(c_in, 256, kernel=(rows_left, 1), padding=0))
         self.rnn = RECURRENT[rnn](256, hidden_size, bidirectional=bidirectional)
-        self.fc = nn.Linear(hidden_size * (1 + bidirectional), classes)
+        hidden = hidden_size * (1 + bidirectional)
+        self.fc = nn.Linear(hidden, classes)
         self.shortcut = nn.Linear(256, classes)
 
     def normalise(self, images):
@@ -132,8 +135,10 @@ class CRNN(nn.Module):
 
         So night, haze and the camera's white balance look alike."""
         x = images.float() / 255
-        x = x - x.mean((2, 3), keepdim=True)
-        deviation = x.square().mean((2, 3), keepdim=True).sqrt()
+        mean = x.mean((2, 3), keepdim=True)
+        x = x - mean
+        variance = x.square().mean((2, 3), keepdim=True)
+        deviation = variance.sqrt()
         return x / (deviation + 0.03)  # an even picture stays even
 
     def forward(self, images):
@@ -181,13 +186,15 @@ class NotebookCRNN(nn.Module):
         }
         self.steps = steps
         layers = []
-        for c_in, c_out in ((3, 32), (32, 64), (64, 128), (128, 256), (256, 512)):
+        channels = (3, 32, 64, 128, 256, 512)
+        for c_in, c_out in zip(channels, channels[1:]):
             layers.append(ConvNorm(c_in, c_out))
             layers.append(ConvNorm(c_out, c_out, pool=True))
         self.cnn = nn.Sequential(*layers)
         self.proj = nn.Linear(size[1] // 32, steps)
         self.rnn = RECURRENT[rnn](512, hidden_size, 2, dropout=0.3, bidirectional=bidirectional)
-        self.fc = nn.Linear(hidden_size * (1 + bidirectional), len(alphabet) + 1)
+        hidden = hidden_size * (1 + bidirectional)
+        self.fc = nn.Linear(hidden, len(alphabet) + 1)
 
     def forward(self, images):
         """uint8 (B, 3, H, W) to logits (T, B, C), with T = steps."""
@@ -234,15 +241,18 @@ def fold_norms(network):
 
 def steps_needed(text):
     """The time steps CTC needs for `text`: one a character, and a blank between equal ones."""
-    repeats = sum(a == b for a, b in zip(text, text[1:]))
+    neighbours = zip(text, text[1:])
+    repeats = sum(a == b for a, b in neighbours)
     return len(text) + repeats
 
 
 def encode(texts, alphabet):
     """Strings to classes on the CPU, int64: (targets, all in a row; lengths, one a string)."""
     targets = [alphabet.index(char) + 1 for char in "".join(texts)]
+    targets = torch.tensor(targets, dtype=torch.int64)
     lengths = [len(text) for text in texts]
-    return torch.tensor(targets, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    return targets, lengths
 
 
 def string_log_probs(logits, texts, alphabet):
@@ -299,7 +309,7 @@ def allow(patterns, place, char):
 
 def is_plate(text, patterns):
     """Whether `text` is a whole string of one of `patterns`."""
-    patterns = [pattern for pattern in patterns if len(pattern) == len(text)]
+    patterns = [p for p in patterns if len(p) == len(text)]
     for place, char in enumerate(text):
         patterns = allow(patterns, place, char)
     return bool(patterns)
@@ -315,9 +325,11 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
     Each step tries its likeliest `classes`, if they are likely at all."""
     beams = {"": (1.0, 0.0)}
     fitting = {"": patterns}  # the patterns of the plates that each prefix begins
-    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices
+    classes = min(classes, log_probs.shape[1])
+    likeliest = log_probs.topk(classes, 1).indices
     # as shares of the step's best: products of many small numbers would come to 0
-    shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
+    largest = log_probs.amax(1, keepdim=True)
+    shares = (log_probs - largest).exp()
     for step_shares, top_classes in zip(shares.tolist(), likeliest.tolist()):
         longer = defaultdict(lambda: [0.0, 0.0])
         for c in {BLANK, *top_classes}:
@@ -342,7 +354,10 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
                     longer[text][1] += before * share
         best = sorted(longer, key=lambda prefix: -sum(longer[prefix]))
         beams = {prefix: longer[prefix] for prefix in best[:beam_width]}
-    return [text for text in beams if not patterns or is_plate(text, patterns)]
+    texts = list(beams)
+    if patterns:
+        texts = [text for text in texts if is_plate(text, patterns)]
+    return texts
 
 
 def candidates(logits, alphabet, patterns=()):
@@ -419,14 +434,17 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The context in which a network runs in `precision`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    is_half = precision != "fp32"
+    return torch.autocast(device.type, dtype, enabled=is_half)
 
 
 def images_at_once(network):
     """How many images a network reads best at a time on its device."""
     height, width = network.config["size"]
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    return max(1, CACHE_PIXELS // (height * width)) if on_cpu else 256
+    device = next(network.parameters()).device
+    if device.type != "cpu":
+        return 256
+    return max(1, CACHE_PIXELS // (height * width))
 
 
 @torch.inference_mode()
@@ -435,8 +453,9 @@ def predict_logits(network, images, precision="fp32"):
     device = next(network.parameters()).device
     logits = []
     for piece in images.split(images_at_once(network)):
+        piece = piece.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits.append(network(piece.to(device, non_blocking=True)).float())
+            logits.append(network(piece).float())
     return torch.cat(logits, 1)
 
 
@@ -488,13 +507,17 @@ def load_checkpoint(path, alphabet="", device="cpu"):
             network = build_network(content["config"])
         network.load_state_dict(content["model"], assign=True)
         network.to(torch.float32)  # whatever precision they were stored in
-        is_finite = all(value.isfinite().all() for value in network.state_dict().values())
+        values = network.state_dict().values()
+        is_finite = all(value.isfinite().all() for value in values)
     except Exception as error:  # a file that we did not write can be wrong in every way
         origin = "not a checkpoint of train.py or of the notebook, or does not fit model.py"
         raise ValueError(f"{path}: {origin} ({one_line(error)})") from None
     if not is_finite:
         raise ValueError(f"{path}: some weights are not numbers; train it again with a lower --lr")
-    info = {key: content[key] for key in ("args", "metrics") if isinstance(content.get(key), dict)}
+    info = {}
+    for key in ("args", "metrics"):
+        if isinstance(content.get(key), dict):
+            info[key] = content[key]
     return network.to(device, memory_format=torch.channels_last).eval(), info
 
 

@@ -115,7 +115,10 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
         with device_free:
             logits = crnn.predict_logits(network, images, precision).cpu()
         reads = read_logits(logits, alphabet, patterns, top)
-        return [Read("", 0.0, [], error) if error else good for good, error in zip(reads, errors)]
+        for k, error in enumerate(errors):
+            if error:
+                reads[k] = Read("", 0.0, [], error)
+        return reads
 
     # Each thread takes its own batch from file to text, with one core for its arithmetic: so
     # none waits for another, as threads do that share the work of one batch.
@@ -198,7 +201,8 @@ def explain(network, path, out, precision="auto", grammar=None):
     crop = to_pil_image(image)
     crop = crop.resize((width, width * crop.height // crop.width))
     top = crop.height + BARS + 72
-    page = Image.new("RGB", (width, top + 8 + ROW * len(pairs)), "white")
+    height = top + 8 + ROW * len(pairs)
+    page = Image.new("RGB", (width, height), "white")
     page.paste(crop)
     draw_steps(page, logits, alphabet, crop.height)
     draw = ImageDraw.Draw(page)
@@ -245,8 +249,9 @@ def export(network, out):
         "blank": str(crnn.BLANK),
     }
     # batches of two sizes, to see that the number of images is not built in
-    example = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
-    test = torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8)
+    shape = (3, height, width)
+    example = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+    test = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=4096)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     if suffix == ".onnx":

@@ -502,8 +502,11 @@ def validate(run, batches):
         for buffer in run.average.buffers():  # each process has its own batch-norm statistics
             dist.broadcast(buffer, 0)
     results = evaluate.read_batches(run.average.eval(), batches, run.precision)
-    trues, preds, _, losses = (sum(parts, []) for parts in zip(*gather(results, run)))
-    return evaluate.metrics(trues, preds) | {"val_loss": sum(losses) / max(1, len(losses))}
+    columns = zip(*gather(results, run))
+    trues, preds, _, losses = (sum(parts, []) for parts in columns)
+    scores = evaluate.metrics(trues, preds)
+    scores["val_loss"] = sum(losses) / max(1, len(losses))
+    return scores
 
 
 def overall(name, crops, plates):
@@ -526,7 +529,8 @@ def finish_epoch(run, images, log):
     if crops["n"] or plates["n"]:
         score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
     # take_step passes over a bad step now and then, so the last loss is asked, not their mean
-    if not math.isfinite(log.losses[-1].item() + score[1]):
+    last_loss = log.losses[-1].item()
+    if not math.isfinite(last_loss + score[1]):
         raise ValueError("the loss is not a number; lower --lr")
     is_best = run.best is None or score <= run.best
     scores = crops if crops["n"] else plates
@@ -577,13 +581,10 @@ def read_state(args):
         print(f"{path}: nothing to resume; starting from the beginning")
         return None
     state = crnn.read_content(path)
-    parts = {"model", "ema", "optimizer", "scaler", "epoch", "best", "history", "args"}
-    is_state = isinstance(state, dict) and parts <= set(state) and isinstance(state["args"], dict)
-    if (
-        not is_state
-        or not isinstance(state["epoch"], int)
-        or not isinstance(state["history"], list)
-    ):
+    kinds = {"epoch": int, "history": list}
+    kinds |= dict.fromkeys(["model", "ema", "optimizer", "scaler", "args"], dict)
+    is_state = isinstance(state, dict) and "best" in state
+    if not is_state or not all(isinstance(state.get(name), kinds[name]) for name in kinds):
         raise ValueError(f"{path}: not a state of train.py; drop --resume to start anew")
     for name, value in vars(args).items():
         before = state["args"].get(name)
@@ -620,7 +621,8 @@ def save_epoch(run, row, score, is_best):
     # then the state, so that a run which is stopped between the files can still be resumed
     save(run.state(), crnn.companion(out, ".state.pth"))
     if is_best:
-        save(crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row), out)
+        checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row)
+        save(checkpoint, out)
     rows = [past.values() for past in run.history]
     data.write_csv(crnn.companion(out, ".csv"), list(row), rows)
 
@@ -663,7 +665,8 @@ def resume(run):
     out = run.args.out
     if run.rank == 0 and not Path(out).exists():
         print(f"{out}: gone; written again with the weights of this epoch")
-        save(crnn.make_checkpoint(run.average, args=vars(run.args), metrics={}), out)
+        checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics={})
+        save(checkpoint, out)
 
 
 def train(args):
