@@ -360,38 +360,31 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
     return texts
 
 
-def candidates(logits, alphabet, patterns=()):
-    """The likeliest strings of one image as [(text, probability), ...], the most probable first.
+def decode(logits, alphabet):
+    """Greedy decoding: (B strings, B probabilities). logits: (T, B, C).
 
-    logits: (T, 1, C). Probabilities are exact. With `patterns` all are plates; the list is empty
-    if nothing in the image looks like one."""
-    log_probs = logits[:, 0].float().log_softmax(1)  # (T, C)
-    texts = beam_search(log_probs, alphabet, patterns)
-    same_image = logits.expand(-1, len(texts), -1)  # (T, number of texts, C)
-    probabilities = string_log_probs(same_image, texts, alphabet).exp()
-    pairs = zip(texts, probabilities.tolist())
-    return sorted(pairs, key=lambda pair: -pair[1])
-
-
-def decode(logits, alphabet, patterns=()):
-    """(B strings, B probabilities): greedy, or with `patterns` the likeliest plate there is.
-
-    The probability is that of the whole string, exactly. logits: (T, B, C)."""
+    The probability is that of the whole string, exactly."""
     logits = logits.float().cpu()  # many small steps: a GPU would only wait
     texts = greedy_decode(logits, alphabet)
     probabilities = string_log_probs(logits, texts, alphabet).exp()
-    probabilities = probabilities.tolist()
-    if not patterns:
-        return texts, probabilities
-    for b, text in enumerate(texts):
-        # a plate with more than half of the probability leaves no room for a rival
-        if probabilities[b] > 0.5 and is_plate(text, patterns):
-            continue
-        image_logits = logits[:, b : b + 1]  # (T, 1, C)
-        plates = candidates(image_logits, alphabet, patterns)
-        if plates:
-            texts[b], probabilities[b] = plates[0]
-    return texts, probabilities
+    return texts, probabilities.tolist()
+
+
+def candidates(looks, alphabet, patterns=()):
+    """The likeliest strings of one image as [(text, probability), ...], the most probable first.
+
+    looks: logits (T, V, C) of the image, seen in V ways. The strings come from the first look;
+    a probability is the mean of the exact ones of all looks. With `patterns` all strings are
+    plates; the list is empty if nothing in the image looks like one."""
+    log_probs = looks[:, 0].float().log_softmax(1)  # (T, C)
+    texts = beam_search(log_probs, alphabet, patterns)
+    count = looks.shape[1]
+    # every look with every string: (T, V times number of texts, C)
+    repeated = looks.repeat_interleave(len(texts), 1)
+    probabilities = string_log_probs(repeated, texts * count, alphabet).exp()
+    probabilities = probabilities.view(count, len(texts)).mean(0)
+    pairs = zip(texts, probabilities.tolist())
+    return sorted(pairs, key=lambda pair: -pair[1])
 
 
 # ---------------------------------------------------------------------------------------

@@ -33,11 +33,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import InterpolationMode, affine, to_pil_image
 
 import data
 import model as crnn
 
+SURE = 0.8  # of a read that is less probable, we look at the image again
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 
 # ---------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class Read(NamedTuple):
     """What was read from one image."""
 
     plate: str  # "" if the image holds no character, or if there is an error
-    confidence: float  # the exact probability of `plate` under the model, in [0, 1]
+    confidence: float  # the probability of `plate` under the model, in [0, 1]
     alternatives: list  # [(plate, confidence), ...], the likeliest first
     error: str  # "" unless the image could not be read
 
@@ -72,15 +73,40 @@ def plate_patterns(network, grammar=None):
     return data.PATTERNS if grammar else ()
 
 
-def read_logits(logits, alphabet, patterns, top):
-    """One Read for each image of logits (T, B, C)."""
+def look_again(images):
+    """Two more looks at each image: (B, 3, H, W) to (2 * B, 3, H, W), uint8.
+
+    They come a little closer and tilt the image to either side. What is misread at first sight
+    is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
+    looks = []
+    for tilt in (2.5, -2.5):  # degrees
+        look = affine(images, 0.0, [0, 0], 1.04, [0.0, tilt], InterpolationMode.BILINEAR)
+        looks.append(look)
+    return torch.stack(looks, 1).flatten(0, 1)
+
+
+def read_images(get_logits, images, alphabet, patterns, top):
+    """One Read for each image of uint8 (B, 3, H, W). get_logits: from images to logits (T, B, C).
+
+    Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
+    plate in three looks."""
+    logits = get_logits(images)  # (T, B, C)
+    greedy = list(zip(*crnn.decode(logits, alphabet)))
+    unsure = []
+    for b, (text, probability) in enumerate(greedy):
+        is_sure = probability > SURE and crnn.is_plate(text, patterns)
+        if patterns and not is_sure:
+            unsure.append(b)
+    looks = list(logits.split(1, 1))  # (T, 1, C) of each image
+    if unsure:
+        more_looks = get_logits(look_again(images[unsure]))  # (T, 2 * len(unsure), C)
+        for b, two_looks in zip(unsure, more_looks.split(2, 1)):
+            looks[b] = torch.cat((looks[b], two_looks), 1)  # (T, 3, C)
     reads = []
-    texts, probabilities = crnn.decode(logits, alphabet, patterns)
-    for b, pair in enumerate(zip(texts, probabilities)):
+    for b, pair in enumerate(greedy):
         pairs = [pair]
-        if top > 1:  # the beam search, which decode does only in doubt
-            image_logits = logits[:, b : b + 1]  # (T, 1, C)
-            pairs = crnn.candidates(image_logits, alphabet, patterns)[:top] or pairs
+        if b in unsure or top > 1:
+            pairs = crnn.candidates(looks[b], alphabet, patterns)[:top] or pairs
         plate, confidence = pairs[0]
         reads.append(Read(plate, confidence, pairs, ""))
     return reads
@@ -104,21 +130,23 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
     # a GPU serves one thread at a time, each core of a CPU its own
     device_free = threading.Semaphore(workers if device.type == "cpu" else 1)
 
+    def get_logits(images):
+        with device_free:
+            return crnn.predict_logits(network, images, precision).cpu()
+
     def read_batch(batch):
-        images = torch.zeros(len(batch), 3, *size, dtype=torch.uint8)
-        errors = [""] * len(batch)
+        images = []
+        errors = {}
         for k, source in enumerate(batch):
             try:
-                images[k] = data.read_image(source, size)
+                images.append(data.read_image(source, size))
             except ValueError as error:
-                errors[k] = str(error)  # its image stays black
-        with device_free:
-            logits = crnn.predict_logits(network, images, precision).cpu()
-        reads = read_logits(logits, alphabet, patterns, top)
-        for k, error in enumerate(errors):
-            if error:
-                reads[k] = Read("", 0.0, [], error)
-        return reads
+                errors[k] = Read("", 0.0, [], str(error))
+        good = iter([])
+        if images:
+            images = torch.stack(images)
+            good = iter(read_images(get_logits, images, alphabet, patterns, top))
+        return [errors.get(k) or next(good) for k in range(len(batch))]
 
     # Each thread takes its own batch from file to text, with one core for its arithmetic: so
     # none waits for another, as threads do that share the work of one batch.
@@ -194,9 +222,8 @@ def explain(network, path, out, precision="auto", grammar=None):
     device = next(network.parameters()).device
     precision = crnn.pick_precision(precision, device)
     logits = crnn.predict_logits(network, image[None], precision).cpu()  # (T, 1, C)
-    alphabet = network.config["alphabet"]
-    patterns = plate_patterns(network, grammar)
-    pairs = crnn.candidates(logits, alphabet, patterns)[:4]
+    (result,) = read(network, [path], precision, grammar, top=4)
+    pairs = result.alternatives
     width = STEP * len(logits)  # every time step stands below the columns it comes from
     crop = to_pil_image(image)
     crop = crop.resize((width, width * crop.height // crop.width))
@@ -204,7 +231,7 @@ def explain(network, path, out, precision="auto", grammar=None):
     height = top + 8 + ROW * len(pairs)
     page = Image.new("RGB", (width, height), "white")
     page.paste(crop)
-    draw_steps(page, logits, alphabet, crop.height)
+    draw_steps(page, logits, network.config["alphabet"], crop.height)
     draw = ImageDraw.Draw(page)
     for text, probability in pairs:
         picture = to_pil_image(data.text_picture(text, 32))

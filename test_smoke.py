@@ -303,7 +303,7 @@ class TestParts:
         assert beams[: len(texts)] == texts  # what follows needs too many steps
         if patterns:
             best = pytest.approx(totals[texts[0]], rel=1e-4)
-            assert crnn.decode(logits, "abc", patterns) == (texts[:1], [best])
+            assert crnn.candidates(logits, "abc", patterns)[0] == (texts[0], best)
 
     def test_greedy_decoding_and_the_steps_that_a_string_needs(self):
         paths = torch.randint(0, 4, (9, 300))  # few symbols: many repeats
@@ -329,6 +329,15 @@ class TestParts:
             network.fc.bias += 1  # the checkpoint is a copy
             torch.save(checkpoint, "x.pth")
             assert torch.allclose(crnn.load_checkpoint("x.pth")[0](images), whole, atol=1e-5)
+
+    def test_an_unsure_read_takes_the_mean_of_three_looks(self):
+        network = crnn.CRNN(ALPHABET).eval()  # has learnt nothing, so it is never sure
+        image = drawn(1)[0]
+        (result,) = predict.read(network, image.permute(0, 2, 3, 1).numpy(), "fp32")
+        looks = torch.cat([image, predict.look_again(image)])
+        log_probs = crnn.string_log_probs(network(looks), 3 * [result.plate], ALPHABET)
+        assert log_probs.unique().numel() == 3
+        assert result.confidence == pytest.approx(log_probs.exp().mean().item(), rel=1e-3)
 
     def test_a_checkpoint_of_the_notebook_is_read(self):
         network = crnn.NotebookCRNN(ALPHABET, None, "gru", True, hidden_size=64).eval()
