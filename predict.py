@@ -78,9 +78,11 @@ def look_again(images):
 
     They come a little closer and tilt the image to either side. What is misread at first sight
     is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
+    zoom = 1.04
     looks = []
     for tilt in (2.5, -2.5):  # degrees
-        look = affine(images, 0.0, [0, 0], 1.04, [0.0, tilt], InterpolationMode.BILINEAR)
+        shear = [0.0, tilt]
+        look = affine(images, 0.0, [0, 0], zoom, shear, InterpolationMode.BILINEAR)
         looks.append(look)
     return torch.stack(looks, 1).flatten(0, 1)
 
@@ -135,18 +137,18 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
             return crnn.predict_logits(network, images, precision).cpu()
 
     def read_batch(batch):
-        images = []
-        errors = {}
+        images = {}
+        reads = {}
         for k, source in enumerate(batch):
             try:
-                images.append(data.read_image(source, size))
+                images[k] = data.read_image(source, size)
             except ValueError as error:
-                errors[k] = Read("", 0.0, [], str(error))
-        good = iter([])
+                reads[k] = Read("", 0.0, [], str(error))
         if images:
-            images = torch.stack(images)
-            good = iter(read_images(get_logits, images, alphabet, patterns, top))
-        return [errors.get(k) or next(good) for k in range(len(batch))]
+            pixels = torch.stack(list(images.values()))
+            good = read_images(get_logits, pixels, alphabet, patterns, top)
+            reads |= zip(images, good)
+        return [reads[k] for k in range(len(batch))]
 
     # Each thread takes its own batch from file to text, with one core for its arithmetic: so
     # none waits for another, as threads do that share the work of one batch.
@@ -236,7 +238,8 @@ def explain(network, path, out, precision="auto", grammar=None):
     for text, probability in pairs:
         picture = to_pil_image(data.text_picture(text, 32))
         page.paste(picture, (8, top))
-        draw.text((picture.width + 24, top + 8), f"{probability:.4f}", "grey", font_size=16)
+        place = (picture.width + 24, top + 8)
+        draw.text(place, f"{probability:.4f}", "grey", font_size=16)
         top += ROW
     data.write_file(out, data.encode_image(page, "PNG"))
 
@@ -280,16 +283,19 @@ def export(network, out):
     example = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
     test = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+    shapes = ({0: batch},)
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     if suffix == ".onnx":
         answer = save_onnx(program, test, facts, out)
     else:
         buffer = io.BytesIO()
-        torch.export.save(program, buffer, extra_files={"facts.json": json.dumps(facts)})
+        extra_files = {"facts.json": json.dumps(facts)}
+        torch.export.save(program, buffer, extra_files=extra_files)
         data.write_file(out, buffer.getvalue())
         answer = torch.export.load(out).module()(test)
     with torch.no_grad():
-        difference = (answer - network(test)).abs().max().item()
+        errors = (answer - network(test)).abs()
+    difference = errors.max().item()
     if difference > 1e-3:
         raise ValueError(f"{out}: differs from the network by {difference:.1e}; do not use it")
     print(f"{out}: written; agrees with the network to {difference:.1e}")
