@@ -390,7 +390,7 @@ def load_batches(dataset, batches, threads):
         images = [image for image, _ in items]
         texts = [text for _, text in items]
         if not images:
-            return torch.empty(0, 3, *dataset.size), []
+            return torch.empty(0, 3, *dataset.size, dtype=torch.uint8), []
         return torch.stack(images), texts
 
     waiting = deque()
@@ -1092,7 +1092,7 @@ def show(folder, out, augmented=False, alphabet=ALPHABET):
     check_output(out, ".png")
     rng = RandomNumbers(0)
     size = (48, 192)
-    if folder in ("synthetic", "drawn"):
+    if folder == "synthetic":
         images, texts = next(synthetic_batches(24, 0, size))
     else:
         paths, texts = find_crops(folder, alphabet)

@@ -30,7 +30,7 @@ import data
 import model as crnn
 import predict
 
-# (plates, seed). Training's seeds are hashes of 63 bits, so none of them is one of these.
+# (plates, seed). Training's seeds are hashes of 63 bits: that one equals these will not happen.
 SYNTHETIC_TEST = (2000, 2**40 + 1)
 SYNTHETIC_VAL = (1000, 2**40)
 
@@ -60,7 +60,7 @@ def levenshtein(a, b):
     row = list(range(len(b) + 1))
     for i, char_a in enumerate(a, 1):
         above = row
-        row = [i]  # to make nothing of a[:i], delete i characters
+        row = [i]  # i deletions make the empty string of a[:i]
         for j, char_b in enumerate(b, 1):
             substituted = above[j - 1] + (char_a != char_b)
             row.append(min(above[j] + 1, row[j - 1] + 1, substituted))
@@ -105,13 +105,19 @@ def metrics(trues, preds):
     }
 
 
-def calibration_error(confidences, trues, preds, bins=10):
+def confidence_bin(confidence):
+    """Which tenth of [0, 1] a confidence lies in: 0 to 9."""
+    return min(int(10 * confidence), 9)
+
+
+def calibration_error(confidences, trues, preds):
     """How far confidences are from the share of reads that are right, in [0, 1].
 
-    The expected calibration error (Naeini et al., 2015): the mean over ten bins of confidence."""
-    excess = [0.0] * bins
+    The expected calibration error (Naeini et al., 2015): over ten bins of confidence, the mean
+    of this distance, each bin weighted by its reads."""
+    excess = [0.0] * 10
     for confidence, true, pred in zip(confidences, trues, preds):
-        k = min(int(confidence * bins), bins - 1)
+        k = confidence_bin(confidence)
         # summed over a bin this is its confidences less its right reads, so too high and too
         # low a confidence cancel within a bin, and do not between bins
         excess[k] += confidence - (true == pred)
@@ -223,9 +229,11 @@ def read_labelled(network, sources, texts, precision, grammar, workers):
 
 
 def count_seen(results, train_folder, alphabet):
-    """The right reads of "seen" and "unseen" plates, see count_right.
+    """The right reads of "seen" and "unseen" plates, see count_right; {} without that folder.
 
     A plate that was photographed twice can be in train as well: was it read, or known by heart?"""
+    if not train_folder.is_dir():
+        return {}
     paths = data.list_images(train_folder)
     known = {data.parse_label(path, alphabet)[0] for path in paths}
     pairs = []
@@ -259,8 +267,8 @@ def evaluate(
     _, trues, preds, confidences, _ = zip(*results)
     scores = metrics(trues, preds)
     seen = {}
-    if root and split != "train" and Path(root, "train").is_dir():
-        seen = count_seen(results, Path(root, "train"), alphabet)
+    if args.get("data") and split != "train":
+        seen = count_seen(results, Path(args["data"], "train"), alphabet)
     return scores | {
         "checkpoint": str(checkpoint),
         "source": title,
@@ -304,10 +312,10 @@ def print_scores(scores):
         print("  ...")
     pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
     print(f"confusions   {pairs or 'none in reads of the right length'}")
-    print(f"speed        {scores['images_per_second']:.0f} images/s, from file to text")
+    print(f"speed        {scores['images_per_second']:.0f} images/s")
     for name, (right, total) in scores["in_train"].items():
         where = "in train" if name == "seen" else "not in train"
-        print(f"{name:12} {right / total:.4f} over {total:,} plates that are {where}")
+        print(f"{name:12} {right / total:.4f} over {total:,} images whose plate is {where}")
 
 
 def by_position(results):
@@ -448,7 +456,7 @@ def draw_reliability(results):
     """A chart of the share of right reads by confidence.
 
     Where a confidence can be trusted, the share is as large as the confidence."""
-    bins = count_right((int(9.999 * r.confidence), r.is_right) for r in results)
+    bins = count_right((confidence_bin(r.confidence), r.is_right) for r in results)
     centres = []
     shares = []
     for k, (right, total) in sorted(bins.items()):
@@ -457,16 +465,14 @@ def draw_reliability(results):
     return draw_chart("right reads by confidence", centres, shares, 1, 1)
 
 
-def draw_confusions(results):
-    """The 20 commonest confusions, an error picture of each, with the pair and its count."""
-    counts = Counter()
+def draw_confusions(results, commonest):
+    """An error picture of each of the `commonest` confusions [(pair, count), ...]."""
     example = {}
     for result in results:
-        for pair in confusions([result.true], [result.pred]).elements():
-            counts[pair] += 1
+        for pair in confusions([result.true], [result.pred]):
             example.setdefault(pair, result)
     pictures = []
-    for pair, count in counts.most_common(20):
+    for pair, count in commonest:
         picture = error_picture(example[pair])
         caption = data.text_picture(f"{'-'.join(pair)} {count}", 24)
         pictures.append(data.add_captions(picture, [caption]))
@@ -525,7 +531,7 @@ def write_report(folder, scores):
     sheets = {
         "curves.png": draw_curves(scores["checkpoint"]),
         "reliability.png": [draw_reliability(results)],
-        "confusions.png": draw_confusions(results),
+        "confusions.png": draw_confusions(results, scores["confusions"]),
         "errors.png": pictures[:64],
     }
     for name, sheet in sheets.items():
@@ -574,7 +580,7 @@ def main(argv=None):
         if args.csv:
             write_table(args.csv, scores["reads"])
         if args.json:
-            del scores["reads"]  # they are in the table
+            del scores["reads"]  # they may hold arrays, and --csv writes them
             data.write_json(args.json, scores)
 
 

@@ -18,6 +18,7 @@ reader in assets, which learnt from synthetic plates alone.
 """
 
 import argparse
+import copy
 import glob
 import io
 import itertools
@@ -38,7 +39,7 @@ from torchvision.transforms.functional import InterpolationMode, affine, to_pil_
 import data
 import model as crnn
 
-SURE = 0.8  # of a read that is less probable, we look at the image again
+SURE = 0.8  # a read less probable than this gets two more looks
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 
 # ---------------------------------------------------------------------------------------
@@ -49,8 +50,8 @@ class Read(NamedTuple):
     """What was read from one image."""
 
     plate: str  # "" if the image holds no character, or if there is an error
-    confidence: float  # the probability of `plate` under the model, in [0, 1]
-    alternatives: list  # [(plate, confidence), ...], the likeliest first
+    confidence: float  # the probability of `plate`, in [0, 1]; if unsure, the mean of three looks
+    alternatives: list  # [(plate, confidence), ...], the likeliest first: the read itself
     error: str  # "" unless the image could not be read
 
 
@@ -65,8 +66,8 @@ def load(path, device="auto"):
 def plate_patterns(network, grammar=None):
     """The plate patterns that reads must match: Chinese plates' if `grammar`, else none.
 
-    Without a word on it, networks that read Chinese plates have them; not the notebook's, since
-    the notebook decoded greedily."""
+    grammar None: yes for networks that read Chinese plates; no for the notebook's, which decoded
+    greedily."""
     if grammar is None:
         reads_plates = network.config["alphabet"] == data.ALPHABET
         grammar = reads_plates and network.config["preset"] != "notebook"
@@ -91,7 +92,7 @@ def read_images(get_logits, images, alphabet, patterns, top):
     """One Read for each image of uint8 (B, 3, H, W). get_logits: from images to logits (T, B, C).
 
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
-    plate in three looks."""
+    plate in three looks. With top > 1 every image goes through the beam search."""
     logits = get_logits(images)  # (T, B, C)
     greedy = list(zip(*crnn.decode(logits, alphabet)))
     unsure = []
@@ -153,7 +154,7 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
     # Each thread takes its own batch from file to text, with one core for its arithmetic: so
     # none waits for another, as threads do that share the work of one batch.
     torch_threads = torch.get_num_threads()
-    sources = iter(sources)  # may be endless, as from a camera
+    sources = iter(sources)  # may be endless; 2 * workers + 1 batches are read ahead
     waiting = deque()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -164,7 +165,7 @@ def read(network, sources, precision="auto", grammar=None, top=1, batch_size=Non
             while waiting:
                 yield from waiting.popleft().result()
     finally:
-        torch.set_num_threads(torch_threads)
+        torch.set_num_threads(torch_threads)  # a pool's setting may be that of the whole process
 
 
 def names_checkpoint(argument):
@@ -198,7 +199,7 @@ ROW = 38  # pixels from one string to the next
 
 def draw_steps(page, logits, alphabet, top):
     """For each time step, from `top` down: a bar as high as its best class is probable, and that
-    class, "-" for blank. A line in the crop above marks where a character was read."""
+    class, "-" for blank. A line in the crop above marks each step that is no blank."""
     draw = ImageDraw.Draw(page)
     floor = top + BARS + 20
     probabilities, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
@@ -229,18 +230,18 @@ def explain(network, path, out, precision="auto", grammar=None):
     width = STEP * len(logits)  # every time step stands below the columns it comes from
     crop = to_pil_image(image)
     crop = crop.resize((width, width * crop.height // crop.width))
-    top = crop.height + BARS + 72
-    height = top + 8 + ROW * len(pairs)
+    y = crop.height + BARS + 72  # where the strings begin
+    height = y + 8 + ROW * len(pairs)
     page = Image.new("RGB", (width, height), "white")
     page.paste(crop)
     draw_steps(page, logits, network.config["alphabet"], crop.height)
     draw = ImageDraw.Draw(page)
     for text, probability in pairs:
         picture = to_pil_image(data.text_picture(text, 32))
-        page.paste(picture, (8, top))
-        place = (picture.width + 24, top + 8)
+        page.paste(picture, (8, y))
+        place = (picture.width + 24, y + 8)
         draw.text(place, f"{probability:.4f}", "grey", font_size=16)
-        top += ROW
+        y += ROW
     data.write_file(out, data.encode_image(page, "PNG"))
 
 
@@ -265,13 +266,14 @@ def save_onnx(program, test, facts, out):
 def export(network, out):
     """Write the network for use without these files, as .pt2 or .onnx, and check that it agrees.
 
-    Takes uint8 (B, 3, H, W) and gives logits (T, B, C), for any B. The file also holds what the
-    reader of its logits needs: the alphabet, the size, the blank. Raises ValueError."""
+    Takes uint8 (B, 3, H, W) and gives logits (T, B, C), for B from 1 to 4096. The file also holds
+    what the reader of its logits needs: the alphabet, the size, the blank. Raises ValueError if
+    `out` is no such file or the file gives other logits."""
     suffix = Path(out).suffix
     if suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{out}: name it .pt2 or .onnx")
     data.check_output(out, suffix)
-    network = network.cpu()
+    network = copy.deepcopy(network).cpu()
     height, width = network.config["size"]
     facts = {
         "alphabet": network.config["alphabet"],
@@ -322,7 +324,7 @@ def reading_options(parser):
     parser.add_argument(
         "--grammar",
         action=argparse.BooleanOptionalAction,
-        help="take the likeliest string that is a plate (default: yes, not for the notebook's)",
+        help="read only what is a plate (default: yes; no for the notebook's and other alphabets)",
     )
     machine_options(parser)
 
@@ -371,7 +373,7 @@ def main(argv=None):
         if args.export:
             export(network, args.export)
         paths = list(find_images(args.paths))
-        if args.export and not paths:
+        if args.export and not args.paths:
             return
         if not paths:
             names = " ".join(args.paths) or "PATH"

@@ -147,7 +147,7 @@ def collapse(path):
 
 def one_of_two(command):
     """One process of a run on two. Returns the strings it trained on and sums of its weights."""
-    train.EPOCH = 100
+    train.EPOCH_IMAGES = 100
     with mock.patch.object(train.Log, "add", autospec=True, side_effect=train.Log.add) as add:
         train.main(command.split()[1:])
     texts = {text for call in add.call_args_list for text in call.args[2]}
@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
 def home(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own, with small numbers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "EPOCH", 100)
+    monkeypatch.setattr(train, "EPOCH_IMAGES", 100)
     monkeypatch.setattr(train, "BAD_STEPS", 3)
     monkeypatch.setattr(evaluate, "SYNTHETIC_VAL", (20, 2**40))
     monkeypatch.setattr(evaluate, "SYNTHETIC_TEST", (500, 2**40 + 1))
@@ -198,7 +198,15 @@ def originals(tmp_path_factory):
         photo = save_crops(folder / name / "test", 20, seed=2)[0][0]
     for name in ("ccpd_base", "ccpd_weather"):
         photograph(folder / "CCPD2019" / name)
-    for name in ("oI/1-oI", "oI/2-oIoI", "oI/3-oIoIoI", f"long/{'ab' * 30}", "FOLDER/1", "photo"):
+    for name in (
+        "oI/1-oI",
+        "oI/2-oIoI",
+        "oI/3-oIoIoI",
+        f"long/{'ab' * 30}",
+        "FOLDER/1",
+        "photo",
+        "crop",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(photo, folder / f"{name}.jpg")
     for path in save_crops(folder / "broken", 40)[0]:

@@ -13,7 +13,6 @@ A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 import argparse
 import copy
 import io
-import itertools
 import math
 import os
 import signal
@@ -62,8 +61,8 @@ RECIPES = {
         "augment": False,
     },
 }
-EPOCH = 20_000  # images an epoch has at least: small data sets are repeated
-MOST_VIEWS = 80  # a run shows each crop at most so often, or it learns the crops by heart
+EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
+MOST_VIEWS = 80  # a run shows each crop about so often at most, or it learns them by heart
 MOST_CROPS = 0.5  # of a batch: the rest is synthetic, however many crops there are
 LOG_STEPS = 100  # a line every so many steps ...
 LOG_SECONDS = 30  # ... or seconds, where steps are slow
@@ -110,7 +109,7 @@ def gather(value, run):
     return values
 
 
-def build_network(args):
+def make_network(args):
     """A new network, or that of --init. Raises ValueError if --init and another flag disagree."""
     options = {"size": args.size, "rnn": args.rnn, "bidirectional": args.bidirectional}
     options = {name: value for name, value in options.items() if value is not None}
@@ -137,7 +136,7 @@ class Run:
         self.rank, self.world_size, self.device = join_processes(device)
         self.precision = crnn.pick_precision(args.precision, device)
         torch.manual_seed(args.seed)
-        self.network = build_network(args).to(self.device, memory_format=torch.channels_last)
+        self.network = make_network(args).to(self.device, memory_format=torch.channels_last)
         self.alphabet = self.network.config["alphabet"]
         self.recipe = dict(RECIPES[self.network.config["preset"]])
         for name in ("epochs", "batch_size", "lr", "weight_decay", "augment"):
@@ -201,18 +200,19 @@ def load_crops(run):
     args = run.args
     folder = data.split_folder(args.data, "train")
     paths, texts = data.find_crops(folder, run.alphabet, quiet=run.rank > 0)
-    steps = run.network.steps
-    fits = [k for k, text in enumerate(texts) if crnn.steps_needed(text) <= steps]
-    if len(fits) < len(texts):
-        count = len(texts) - len(fits)
-        run.say(f"warning: {count:,} labels left out; they need more than {steps} time steps")
-    paths = [paths[k] for k in fits]
-    texts = [texts[k] for k in fits]
     # half of the free memory, shared by the processes of this machine
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     cache_bytes = data.free_memory() // 2 // neighbours
     dataset = data.PlateDataset(paths, texts, run.network.config["size"], cache_bytes)
+    # evaluate.py splits the same texts, so none may be left out before
     train_ids, val_ids = data.split_validation(texts, args.val)
+    steps = run.network.steps
+    too_long = {k for k, text in enumerate(texts) if crnn.steps_needed(text) > steps}
+    if too_long:
+        count = len(too_long)
+        run.say(f"warning: {count:,} labels left out; they need more than {steps} time steps")
+    train_ids = [k for k in train_ids if k not in too_long]
+    val_ids = [k for k in val_ids if k not in too_long]
     if len(train_ids) < run.world_size:
         raise ValueError(f"{args.data}: too few crops to train on; add crops, or lower --val")
     return dataset, train_ids, val_ids
@@ -226,11 +226,13 @@ def count_synthetic(run, crops):
         raise ValueError("--alphabet: only Chinese plates can be drawn; give crops with --data")
     if not crops:
         return args.batch_size
-    share = args.synthetic
-    if share is None and run.recipe["synthetic"] and can_draw:
-        images = max(EPOCH, crops) * args.epochs
-        share = 1 - min(MOST_CROPS, MOST_VIEWS * crops / images)
-    return round((share or 0) * args.batch_size)
+    if args.synthetic is not None:
+        return round(args.synthetic * args.batch_size)
+    if not run.recipe["synthetic"] or not can_draw:
+        return 0
+    images = max(EPOCH_IMAGES, crops) * args.epochs
+    crop_share = min(MOST_CROPS, MOST_VIEWS * crops / images)
+    return args.batch_size - max(1, round(crop_share * args.batch_size))
 
 
 def province_prior(texts, alphabet):
@@ -245,6 +247,7 @@ def province_prior(texts, alphabet):
     for char in alphabet:
         numbers.append(counts[char] + smallest if char in data.PROVINCES else 0.0)
     share = torch.tensor(numbers) / max(1e-9, sum(numbers))
+    # with the entropy added the mean over all crops is 0: other classes keep their odds
     entropy = torch.special.entr(share).sum()
     return torch.where(share > 0, share.log() + entropy, 0)
 
@@ -269,10 +272,11 @@ class Images:
         crops = run.args.batch_size - synthetic
         if 0 < crops < run.world_size or 0 < synthetic < run.world_size:
             raise ValueError(f"--batch-size {run.args.batch_size}: too small for all processes")
-        steps = EPOCH / run.args.batch_size
+        steps = EPOCH_IMAGES / run.args.batch_size
         if crops:
             steps = max(steps, len(self.train_ids) / crops)
         self.steps = math.ceil(steps)
+        # this process's part of a batch
         self.crops = len(range(run.rank, crops, run.world_size))
         self.synthetic = len(range(run.rank, synthetic, run.world_size))
         self.glyphs = None
@@ -285,15 +289,15 @@ class Images:
         self.synthetic_val = None
 
     def crop_batches(self, epoch):
-        """Yield (images, texts) of the crops of each step: each crop once, then each again."""
+        """(images, texts) of the crops of each step: each crop once, then each again."""
+        if not self.crops:
+            return [(None, [])] * self.steps
         seed = data.make_seed(self.run.args.seed, epoch, self.run.rank)
         shuffle = np.random.default_rng(seed)
         mine = self.train_ids[self.run.rank :: self.run.world_size]
         order = []
         while len(order) < self.steps * self.crops:
             order += shuffle.permutation(mine).tolist()
-        if not self.crops:
-            return iter([(None, [])] * self.steps)
         batches = data.in_batches(order, self.crops)[: self.steps]
         return data.load_batches(self.dataset, batches, self.workers)
 
@@ -313,7 +317,7 @@ class Images:
                 self.synthetic, self.size, rng, self.glyphs, data.PRACTICE
             )
             parts.append(plates)
-            texts = texts + new_texts
+            texts = texts + new_texts  # not +=, for the caller counts its crops
         if not parts:
             # No file of this step could be read. But every process takes every step, or the
             # others would wait for ever: a black image with no text, whose loss counts nothing.
@@ -380,6 +384,7 @@ def batch_loss(logits, texts, alphabet, crops, prior):
     is_crop = torch.arange(len(texts), device=logits.device) < crops  # (B,)
     logits = logits + prior * is_crop.unsqueeze(1)  # (T, B, C)
     loss = crnn.ctc_loss(logits, texts, alphabet).mean()
+    # the black image of make_batch teaches nothing, but every process must run backward
     return loss if any(texts) else 0 * loss
 
 
@@ -415,12 +420,13 @@ def move_average(average, network, share):
 
 
 def mean(losses):
-    """The mean of a list of tensors with one number each."""
-    return torch.stack(losses).mean().item() if losses else math.nan
+    """The mean of those losses that are numbers; take_step passes over the others."""
+    losses = torch.stack(losses)
+    return losses[losses.isfinite()].mean().item()
 
 
 class Log:
-    """The lines about the training images, each over the steps since the line before."""
+    """The lines about training: loss and speed since the line before, scores of the last steps."""
 
     def __init__(self, run):
         self.run = run
@@ -471,14 +477,14 @@ def train_epoch(run, images):
     """One epoch: for each batch forward, loss, backward, step. Returns its Log."""
     log = Log(run)
     all_steps = run.args.epochs * images.steps
+    # dropout on, and batch-norm by the batch's own statistics
+    run.network.train()
     for step, (pixels, texts, crops) in enumerate(images.training_batches(run.epoch), 1):
         # the schedule follows the steps of the whole run, so that --resume finds its place
         done = run.epoch * images.steps + step
-        # dropout on, and batch-norm by the batch's own statistics
-        run.network.train()
         # half precision for the network alone; the loss sums over paths and needs float32
         with crnn.autocast(run.device, run.precision):
-            # through DistributedDataParallel, which adds up the gradients of all processes
+            # through DistributedDataParallel, which averages the gradients of all processes
             logits = run.parallel(pixels)  # (T, B, C)
         loss = batch_loss(logits, texts, run.alphabet, crops, images.prior)
         # a step whose gradients are no numbers must not reach the average either
@@ -517,27 +523,32 @@ def overall(name, crops, plates):
 
 def finish_epoch(run, images, log):
     """Validate, print the epoch's line, save."""
-    crops = validate(run, images.validation_crops())
-    plates = validate(run, images.validation_plates())
+    crop_scores = validate(run, images.validation_crops())
+    plate_scores = validate(run, images.validation_plates())
+    can_choose = crop_scores["n"] + plate_scores["n"] > 0
     run.epoch += 1
-    if images.val_ids and not crops["n"] and not plates["n"]:
+    if images.val_ids and not can_choose:
         raise ValueError(f"{run.args.data}: no validation crop can be read; check the files")
     # Both choose the weights: a few dozen crops alone would choose by chance, and those of one
-    # camera would choose what reads others badly. Without any, the last weights are kept.
+    # camera would choose what reads others badly. Without any, each epoch beats the one before.
     # The best have the smallest score, and of equal ones the smaller loss.
     score = [-run.epoch, 0.0]
-    if crops["n"] or plates["n"]:
-        score = [overall(name, crops, plates) for name in ("levenshtein", "val_loss")]
-    # take_step passes over a bad step now and then, so the last loss is asked, not their mean
-    last_loss = log.losses[-1].item()
-    if not math.isfinite(last_loss + score[1]):
+    if can_choose:
+        names = ("levenshtein", "val_loss")
+        score = [overall(name, crop_scores, plate_scores) for name in names]
+    loss = mean(log.losses)
+    if not math.isfinite(loss + score[1]):
         raise ValueError("the loss is not a number; lower --lr")
-    is_best = run.best is None or score <= run.best
-    scores = crops if crops["n"] else plates
+    is_first = run.best is None
+    is_best = is_first or score <= run.best
+    if is_best:
+        run.best = score
+    # the line shows the crops, if there are any, as users know them
+    scores = crop_scores if crop_scores["n"] else plate_scores
     run.minutes = (time.time() - run.begin) / 60
     seen = run.epoch * images.steps * run.args.batch_size
     row = {"epoch": run.epoch, "images": seen, "minutes": round(run.minutes, 2)}
-    row |= {"loss": mean(log.losses)} | scores | {"score": score[0]}
+    row |= {"loss": loss} | scores | {"score": score[0]}
     run.history.append(row)
     line = f"=== epoch {run.epoch:3}  loss {row['loss']:7.4f}  "
     if row["n"]:
@@ -549,7 +560,7 @@ def finish_epoch(run, images, log):
         line += f"  ({len(images.dataset.unreadable):,} unreadable files left out)"
     run.say(line)
     if run.rank == 0:
-        save_epoch(run, row, score, is_best)
+        save_epoch(run, row, is_first, is_best)
 
 
 # ---------------------------------------------------------------------------------------
@@ -604,21 +615,21 @@ def save(content, path):
 
 def keep_earlier(out):
     """Rename a checkpoint of an earlier run, so that it is never lost: ckpt.pth.bak, .bak2, ..."""
-    names = itertools.chain([f"{out}.bak"], (f"{out}.bak{k}" for k in itertools.count(2)))
-    free = next(name for name in names if not os.path.lexists(name))
+    free = f"{out}.bak"
+    count = 1
+    while os.path.lexists(free):
+        count += 1
+        free = f"{out}.bak{count}"
     os.replace(out, free)
     print(f"{out}: the one of an earlier run is now {free}")
 
 
-def save_epoch(run, row, score, is_best):
+def save_epoch(run, row, is_first, is_best):
     """Write the state and the history, and the averaged weights if they are the best so far."""
     out = run.args.out
-    is_first = run.best is None
-    if is_best:
-        run.best = score
     if is_first and Path(out).exists():
         keep_earlier(out)
-    # then the state, so that a run which is stopped between the files can still be resumed
+    # the state before the weights: a run that is stopped between the two can still be resumed
     save(run.state(), crnn.companion(out, ".state.pth"))
     if is_best:
         checkpoint = crnn.make_checkpoint(run.average, args=vars(run.args), metrics=row)
@@ -641,12 +652,13 @@ def describe(run, images):
     if images.glyphs is not None:
         validation.append(f"{evaluate.SYNTHETIC_VAL[0]:,} synthetic plates")
     validation = " and ".join(validation) or "none, so the last weights are kept"
+    share = images.synthetic / (images.synthetic + images.crops)
     return (
         f"{run.network.config['preset']} {height} x {width}, {parameters:,} parameters, "
         f"{len(run.alphabet)} characters, {run.device} {run.precision}, "
         f"{run.world_size} process(es)\n"
-        f"training on {len(images.train_ids):,} crops, {images.synthetic} of "
-        f"{images.synthetic + images.crops} images a step synthetic; validation: {validation}\n"
+        f"training on {len(images.train_ids):,} crops, {share:.0%} of the images synthetic; "
+        f"validation: {validation}\n"
         f"{run.args.epochs} epochs of {images.steps:,} steps of {run.args.batch_size} images\n"
     )
 
@@ -685,7 +697,7 @@ def train(args):
     except BaseException:  # Ctrl-C, a signal, a loss that is no number
         kept = "no epoch was complete, so nothing was written"
         if run.best and Path(args.out).exists():
-            kept = f"{args.out} holds the best weights so far; --resume goes on from there"
+            kept = f"{args.out} holds the best weights so far; --resume goes on"
         run.say(f"\nstopped; {kept}", file=sys.stderr)
         raise
     run.say(f"\n{args.out}: the best weights. Next: python evaluate.py {args.out}")
