@@ -59,7 +59,8 @@ def load(path, device="auto"):
     """A checkpoint of train.py or of the notebook, as a network ready to read.
 
     Raises ValueError with one sentence if it is none."""
-    network, _ = crnn.load_checkpoint(path, data.ALPHABET, crnn.pick_device(device))
+    device = crnn.pick_device(device)
+    network, _ = crnn.load_checkpoint(path, data.ALPHABET, device)
     return crnn.fold_norms(network)
 
 
@@ -183,7 +184,8 @@ def find_images(arguments):
             continue
         paths = [Path(argument)]  # one that does not exist is reported when it is read
         if not os.path.lexists(argument):  # so that a file may be called [1].jpg
-            matches = sorted(map(Path, glob.glob(argument, recursive=True)))
+            matches = glob.glob(argument, recursive=True)
+            matches = sorted(map(Path, matches))
             images = [path for path in matches if path.suffix.lower() in data.IMAGE_SUFFIXES]
             paths = images or paths
         yield from paths
@@ -202,9 +204,10 @@ def draw_steps(page, logits, alphabet, top):
     class, "-" for blank. A line in the crop above marks each step that is no blank."""
     draw = ImageDraw.Draw(page)
     floor = top + BARS + 20
-    probabilities, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
+    probabilities = logits[:, 0].softmax(1)  # (T, C)
+    highest, classes = probabilities.max(1)  # (T,) each
     left = 0
-    for probability, best in zip(probabilities.tolist(), classes.tolist()):
+    for probability, best in zip(highest.tolist(), classes.tolist()):
         char = "-"
         colour = "silver"
         if best != crnn.BLANK:
@@ -213,7 +216,8 @@ def draw_steps(page, logits, alphabet, top):
             middle = left + STEP // 2
             draw.line((middle, 0, middle, top), "gold")
         bar_top = floor - round(probability * BARS)
-        draw.rectangle((left + 3, bar_top, left + STEP - 4, floor), colour)
+        bar = (left + 3, bar_top, left + STEP - 4, floor)
+        draw.rectangle(bar, colour)
         picture = to_pil_image(data.text_picture(char, 32))
         page.paste(picture, (left + 5, floor + 6))
         left += STEP
@@ -229,7 +233,8 @@ def explain(network, path, out, precision="auto", grammar=None):
     pairs = result.alternatives
     width = STEP * len(logits)  # every time step stands below the columns it comes from
     crop = to_pil_image(image)
-    crop = crop.resize((width, width * crop.height // crop.width))
+    height = width * crop.height // crop.width
+    crop = crop.resize((width, height))
     y = crop.height + BARS + 72  # where the strings begin
     height = y + 8 + ROW * len(pairs)
     page = Image.new("RGB", (width, height), "white")
@@ -332,13 +337,14 @@ def reading_options(parser):
 def print_reads(paths, reads):
     """Print a line for each image that was read. Returns how many were not."""
     failures = 0
-    for path, result in data.show_progress(zip(paths, reads), len(paths), "image"):
+    pairs = zip(paths, reads)
+    for path, result in data.show_progress(pairs, len(paths), "image"):
         if result.error:
             failures += 1
             print(f"error: {result.error}", file=sys.stderr)
             continue
-        pairs = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
-        print(data.printable(path), *pairs, sep="\t")
+        cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
+        print(data.printable(path), *cells, sep="\t")
     return failures
 
 
