@@ -9,7 +9,7 @@
 The file goes from labels to images to batches, and then to synthetic plates: they are drawn,
 and a simulated camera photographs them. The same camera augments real crops.
 
-Copy this file into any project; it imports no other of ours. Only drawing needs assets/glyphs.png.
+Copy this file into any project; it imports no other of ours. Drawing and captions need assets/.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def read_alphabet(text):
     """The alphabet that `text` gives: its characters, or those of the UTF-8 file it names.
 
     White space and repeated characters are dropped. An argparse type, and so its errors are."""
-    if len(text) < 200 and os.path.isfile(text):  # a longer text is no file name anywhere
+    if os.path.isfile(text):
         try:
             text = Path(text).read_text("utf-8-sig")
         except (UnicodeDecodeError, OSError):
@@ -229,8 +229,8 @@ def split_validation(texts, share):
 
     About `share` of the plates go to validation. No plate is on both sides, and the same texts
     always give the same split."""
-    plates = set(texts)
-    plates = sorted(plates, key=lambda text: zlib.crc32(text.encode()))
+    # equal hashes are rare; then the text decides, the same in every process
+    plates = sorted(set(texts), key=lambda text: (zlib.crc32(text.encode()), text))
     count = round(share * len(plates))
     if share > 0 and len(plates) > 1:
         count = max(1, count)
@@ -345,7 +345,7 @@ def read_image(source, size):
 class PlateDataset(torch.utils.data.Dataset):
     """Labelled crops; item k is (image uint8 (3, *size), text).
 
-    Decoding costs more than a training step, so images stay in memory up to `cache_bytes`.
+    Every epoch shows the same crops, so decoded images stay in memory up to `cache_bytes`.
     An item raises ValueError if its file cannot be read."""
 
     def __init__(self, paths, texts, size, cache_bytes=0):
@@ -473,7 +473,7 @@ def make_seed(*counters):
     So each step's random numbers follow from its place in the run, not from what ran before."""
     sequence = np.random.SeedSequence(counters)
     seed = sequence.generate_state(1, np.uint64)[0]
-    return int(seed >> np.uint64(1))  # torch takes 63 bits
+    return int(seed >> np.uint64(1))  # 63 bits fit a signed integer
 
 
 def on_device(values, device, dtype=torch.float32):
@@ -504,7 +504,7 @@ def load_glyphs(height, device="cpu"):
 
     Raises ValueError if assets/glyphs.png is not there."""
     if not GLYPHS.is_file():
-        raise ValueError(f"{GLYPHS}: not there; copy it beside data.py, drawing plates needs it")
+        raise ValueError(f"{GLYPHS}: not there; copy the folder assets beside data.py")
     with Image.open(GLYPHS) as image:
         sheet = pil_to_tensor(image.convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
     faces = sheet.shape[1] // CELL_H
@@ -523,7 +523,7 @@ def glyph_height(size):
 def random_text(plate_type, rng, practice):
     """A random string of one of the type's patterns; every province is equally likely.
 
-    A share `practice` of the strings are no plates: they hold provinces in all places. It is
+    A share `practice` of the strings are no plates: half of their places hold provinces. It is
     practice for the 31 characters that are hardest to tell apart, and stand only once a plate."""
     pattern = rng.numbers.choice(plate_type.patterns)
     text = [rng.numbers.choice(chars) for chars in pattern]
@@ -601,7 +601,7 @@ def draw_characters(plate, plate_type, texts, ink, glyphs, mm, rng):
         mask = masks[:, place : place + 1]  # (B, 1, h, w)
         size = (mask.shape[2], round(width * mm))
         mask = F.interpolate(mask, size, mode="bilinear", antialias=True)
-        # no two plates are pressed alike
+        # characters are not pressed exactly in place
         x = x + rng.numbers.uniform(-1.5, 1.5)
         y = CHARACTER_TOP + rng.numbers.uniform(-1.5, 1.5)
         stamp(plate, mask, x, y, ink, mm)
@@ -637,7 +637,7 @@ def draw_screws(plate, plate_type, mm, rng):
 
 
 def paint(plate_type, texts, glyphs, rng):
-    """Plates of one type with a rim of car around them: float32 (B, 3, h, w) in [0, 1].
+    """Plates of one type with a rim of car around them: float32 (B, 3, h, w), about in [0, 1].
 
     The picture shows CANVAS_WIDTH x CANVAS_HEIGHT mm, whatever the type."""
     mm = glyphs.shape[2] / 90  # pixels in a millimetre
@@ -720,7 +720,7 @@ def random_corners(count, rng, strength):
     plate_x = (box_x - shear * box_y) / area
     plate_y = (box_y - tilt * box_x) / area
     on_plate = torch.stack((plate_x, plate_y), 2)  # (B, 4, 2)
-    # from 5% (in height 10%) more than the plate to 10% (45%) less
+    # from 5% wider and 11% higher than the plate to 9% narrower and 31% lower
     loosest = on_device((-0.05, -0.10), rng.device)
     tightest = on_device((0.10, 0.45), rng.device)
     tightness = loosest + (tightest - loosest) * rng.rand(count, 1, 2)
@@ -766,7 +766,7 @@ def relight(images, rng, strength):
     y = y.view(-1, 1)
     slope = 1 + 0.3 * strength * (slope_x * x + slope_y * y)
     slope = slope.clamp(min=0.2)
-    # glare is a bright spot with soft edges; most pictures have none
+    # glare is a bright spot with soft edges: on half of the synthetic plates, on no crop
     distance_x = 2 * (x + 1 - 2 * spot_x)
     distance_y = y + 1 - 2 * spot_y
     distance = distance_x**2 + distance_y**2
@@ -779,7 +779,7 @@ def relight(images, rng, strength):
 
 
 def blur(images, rng, strength):
-    """Lens and movement blur each axis by itself; then the camera sharpens, which leaves halos."""
+    """Lens and movement blur each axis by itself, and sharpening in the camera leaves halos."""
     reach = torch.arange(-3, 4, device=rng.device)
     centre = (reach == 0).float()
     halo = centre - torch.softmax(-(reach**2) / 3, 0)
@@ -815,7 +815,7 @@ def camera(images, size, rng, strength=1.0, extent=None):
 
     strength: 1 for synthetic plates, CROP_STRENGTH for crops. extent: (B, 2), the share of the
     picture's width and height that the plate takes; without it, all. The order is that of a real
-    camera: the view, the light, the lens, the sensor, the file. Images of a handful share the
+    camera: the view, the light, the lens, the sensor, the file. Images of a call share the
     lens, the sensor and the file."""
     if images.dtype == torch.uint8:
         images = images / 255
@@ -1044,7 +1044,9 @@ def sort_files(folder, paths, looks, alphabet):
             kind = "photographs still to crop" if is_frame(path) else "names without a label"
             problems[kind].append(name)
         else:
-            texts_of[str(path.parent.relative_to(folder))].append(text)
+            # DIR/train/part1/x.jpg belongs to train
+            parts = path.relative_to(folder).parent.parts
+            texts_of[parts[0] if parts else "."].append(text)
         if repaired:
             problems["labels with O or I"].append(name)
         if size is None:

@@ -52,7 +52,7 @@ def check_size(size, rows, columns):
     """Raise ValueError unless the convolutions can halve a picture of this (height, width)."""
     height, width = size
     height_fits = height in range(rows, 513, rows)
-    # narrower ones would leave fewer time steps than a plate needs
+    # narrower ones would leave CRNN fewer than 16 time steps, too few for some plates
     width_fits = width in range(64, 2049, columns)
     if not (height_fits and width_fits):
         raise ValueError(
@@ -71,10 +71,10 @@ def run_recurrent(layer, x):
 
 
 # The convolutions of CRNN, from the image on: (channels, stride in rows, stride in columns).
-# Behind each: the shape of what leaves it, for an image of 32 x 128.
+# Where the shape changes, it stands behind the layer, for an image of 32 x 128.
 LAYERS = (
     (32, 2, 2),  # (B, 32, 16, 64)
-    (32, 1, 1),  # a second look before more detail is given up
+    (32, 1, 1),  # more features before detail is given up
     (64, 2, 2),  # (B, 64, 8, 32)
     (64, 1, 1),
     (128, 2, 1),  # (B, 128, 4, 32): from here on only rows merge, a character keeps its columns
@@ -299,7 +299,7 @@ def greedy_decode(logits, alphabet):
     return texts
 
 
-LEAST_SHARE = 1e-3  # beam search tries classes at least so likely as the step's best
+LEAST_SHARE = 1e-3  # of the step's best probability; beam search passes over rarer classes
 
 
 def allow(patterns, place, char):
@@ -454,7 +454,7 @@ def predict_logits(network, images, precision="fp32"):
 
 # ---------------------------------------------------------------------------------------
 # Checkpoints: {"model": weights, "config": see build_network, and what the trainer adds:
-# "args", "metrics"}, all in plain types. Nothing in a file is ever executed.
+# "args", "metrics"}, all in plain types, and read with weights_only=True.
 
 
 def make_checkpoint(network, **info):
