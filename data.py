@@ -1094,7 +1094,7 @@ def show(folder, out, augmented=False, alphabet=ALPHABET):
     check_output(out, ".png")
     rng = RandomNumbers(0)
     size = (48, 192)
-    if folder == "synthetic":
+    if folder in ("synthetic", "drawn"):  # its name in older commands
         images, texts = next(synthetic_batches(24, 0, size))
     else:
         paths, texts = find_crops(folder, alphabet)

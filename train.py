@@ -537,7 +537,9 @@ def finish_epoch(run, images, log):
         names = ("levenshtein", "val_loss")
         score = [overall(name, crop_scores, plate_scores) for name in names]
     loss = mean(log.losses)
-    if not math.isfinite(loss + score[1]):
+    # a bad step now and then is passed over; one at the end may be the first of many
+    last_loss = log.losses[-1].item()
+    if not math.isfinite(last_loss + score[1]):
         raise ValueError("the loss is not a number; lower --lr")
     is_first = run.best is None
     is_best = is_first or score <= run.best
