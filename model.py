@@ -4,7 +4,7 @@ and CTC makes text of it.
     network = CRNN(alphabet)                         # 32 x 128 pixels, 32 time steps
     logits = network(images)                         # uint8 (B, 3, 32, 128) to (32, B, C)
     texts = greedy_decode(logits, alphabet)          # ["皖AX511H", ...]
-    network, info = load_checkpoint("ckpt.pth")
+    network, content = load_checkpoint("ckpt.pth")
 
 B is the number of images, T the number of time steps, C = len(alphabet) + 1 the number of classes.
 Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2006, for CTC.
@@ -12,9 +12,10 @@ Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2
 Copy this file into any project; it imports no other of ours.
 """
 
-import re
+import functools
+import os
+import timeit
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -48,19 +49,6 @@ class ConvNorm(nn.Module):
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
-def check_size(size, rows, columns):
-    """Raise ValueError unless the convolutions can halve a picture of this (height, width)."""
-    height, width = size
-    height_fits = height in range(rows, 513, rows)
-    # narrower ones would leave CRNN fewer than 16 time steps, too few for some plates
-    width_fits = width in range(64, 2049, columns)
-    if not (height_fits and width_fits):
-        raise ValueError(
-            f"--size {height} {width}: this network takes multiples of {rows} x {columns}, "
-            f"from {rows} x 64 to 512 x 2048"
-        )
-
-
 def run_recurrent(layer, x):
     """The outputs (T, B, hidden) of a recurrent layer for x (T, B, features)."""
     if not x.is_cuda:
@@ -70,134 +58,79 @@ def run_recurrent(layer, x):
         return layer(x.float())[0]
 
 
-# The convolutions of CRNN, from the image on: (channels, stride in rows, stride in columns).
-# Where the shape changes, it stands behind the layer, for an image of 32 x 128.
-LAYERS = (
-    (32, 2, 2),  # (B, 32, 16, 64)
-    (32, 1, 1),  # more features before detail is given up
-    (64, 2, 2),  # (B, 64, 8, 32)
-    (64, 1, 1),
-    (128, 2, 1),  # (B, 128, 4, 32): from here on only rows merge, a character keeps its columns
-    (128, 1, 1),
-    (192, 2, 1),  # (B, 192, 2, 32)
-    (256, 1, 1),  # (B, 256, 2, 32)
-)
-OLD_LAYERS = (LAYERS[0], LAYERS[2], *LAYERS[4:])  # of checkpoints that do not name theirs
-
-
 class CRNN(nn.Module):
     """Our network, "small": strided convolutions down to one row of width / 4 columns, one
-    recurrent layer, and a straight line past it.
+    recurrent layer, and a skip connection past it.
 
     size: (height, width) of the images, multiples of 16 and 4. rnn: "lstm" or "gru"."""
 
-    default_size = (32, 128)
+    multiples = (16, 4)
+    # the convolutions, from the image on: (channels, stride in rows, stride in columns)
+    layers = (
+        (32, 2, 2),  # (B, 32, 16, 64) for an image of 32 x 128
+        (32, 1, 1),  # more features before detail is given up
+        (64, 2, 2),  # (B, 64, 8, 32)
+        (64, 1, 1),
+        (128, 2, 1),  # (B, 128, 4, 32): from here on only rows merge, a character keeps its columns
+        (128, 1, 1),
+        (192, 2, 1),  # (B, 192, 2, 32)
+        (256, 1, 1),  # (B, 256, 2, 32)
+    )
 
-    def __init__(
-        self,
-        alphabet,
-        size=None,
-        rnn="lstm",
-        bidirectional=True,
-        hidden_size=96,
-        layers=LAYERS,
-    ):
+    def __init__(self, alphabet, size=(32, 128), rnn="lstm", bidirectional=True, hidden=96):
         super().__init__()
-        size = size or self.default_size
-        check_size(size, 16, 4)
-        # what rebuilds this network, in plain types, for the checkpoint
-        self.config = {
-            "preset": "small",
-            "alphabet": alphabet,
-            "size": list(size),
-            "rnn": rnn,
-            "bidirectional": bidirectional,
-            "hidden_size": hidden_size,
-            "layers": [list(layer) for layer in layers],
-        }
         self.steps = size[1] // 4
-        classes = len(alphabet) + 1
         self.cnn = nn.Sequential()
         c_in = 3  # red, green, blue
-        for c_out, rows, columns in layers:
+        for c_out, rows, columns in self.layers:
             self.cnn.append(ConvNorm(c_in, c_out, stride=(rows, columns)))
             c_in = c_out
-        rows_left = size[0] // 16
-        # they become one
-        self.cnn.append(ConvNorm(c_in, 256, kernel=(rows_left, 1), padding=0))
-        self.rnn = RECURRENT[rnn](256, hidden_size, bidirectional=bidirectional)
-        hidden = hidden_size * (1 + bidirectional)
-        self.fc = nn.Linear(hidden, classes)
-        self.shortcut = nn.Linear(256, classes)
-
-    def normalise(self, images):
-        """uint8 to float32 with mean 0 and deviation 1 in every channel of every image.
-
-        So night, haze and the camera's white balance look alike."""
-        x = images.float() / 255
-        mean = x.mean((2, 3), keepdim=True)
-        x = x - mean
-        variance = x.square().mean((2, 3), keepdim=True)
-        deviation = variance.sqrt()
-        return x / (deviation + 0.03)  # an even picture stays even
+        # the rows that are left become one
+        self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
+        self.rnn = RECURRENT[rnn](256, hidden, bidirectional=bidirectional)
+        self.fc = nn.Linear(hidden * (1 + bidirectional), len(alphabet) + 1)
+        self.skip = nn.Linear(256, len(alphabet) + 1)
 
     def forward(self, images):
         """uint8 (B, 3, H, W) to logits (T, B, C), with T = W / 4."""
-        x = self.normalise(images)  # (B, 3, H, W)
+        x = images.float() / 255  # (B, 3, H, W)
+        # mean 0 and deviation 1 in each channel of each image, so that night, haze and the
+        # camera's white balance look alike; an even picture stays even
+        x = x - x.mean((2, 3), keepdim=True)
+        x = x / (x.square().mean((2, 3), keepdim=True).sqrt() + 0.03)
         x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         x = self.cnn(x)  # (B, 256, 1, T)
         x = x.squeeze(2).permute(2, 0, 1)  # (T, B, 256)
-        # Synthetic and real characters share no feature exactly, so none may decide alone.
+        # drawn and real characters share no feature exactly, so none may decide alone
         x = F.dropout(x, 0.25, self.training)
-        hidden = run_recurrent(self.rnn, x)  # (T, B, hidden_size, twice if bidirectional)
-        # The recurrent layer learns late. Along the straight line gradients reach the
+        hidden = run_recurrent(self.rnn, x)  # (T, B, hidden, twice if bidirectional)
+        # The recurrent layer learns late. Along the skip connection gradients reach the
         # convolutions from the first step, and CTC's all-blank phase ends early.
-        return self.fc(hidden) + self.shortcut(x)  # (T, B, C)
+        return self.fc(hidden) + self.skip(x)  # (T, B, C)
 
 
 class NotebookCRNN(nn.Module):
-    """The notebook's network: five blocks of two convolutions and a max-pool, the mean over the
-    height, a linear map from width / 32 columns to `steps` time steps, two recurrent layers.
+    """The baseline's network: five blocks of two convolutions and a max-pool, the mean over the
+    height, a linear map from width / 32 columns to 20 time steps, two recurrent layers.
 
     size: (height, width) of the images, multiples of 32. rnn: "lstm" or "gru"."""
 
-    default_size = (96, 448)
+    multiples = (32, 32)
+    steps = 20
 
-    def __init__(
-        self,
-        alphabet,
-        size=None,
-        rnn="lstm",
-        bidirectional=False,
-        hidden_size=256,
-        steps=20,
-    ):
+    def __init__(self, alphabet, size=(96, 448), rnn="lstm", bidirectional=False, hidden=256):
         super().__init__()
-        size = size or self.default_size
-        check_size(size, 32, 32)
-        self.config = {
-            "preset": "notebook",
-            "alphabet": alphabet,
-            "size": list(size),
-            "rnn": rnn,
-            "bidirectional": bidirectional,
-            "hidden_size": hidden_size,
-            "steps": steps,
-        }
-        self.steps = steps
-        layers = []
+        self.cnn = nn.Sequential()
         channels = (3, 32, 64, 128, 256, 512)
         for c_in, c_out in zip(channels, channels[1:]):
-            layers.append(ConvNorm(c_in, c_out))
-            layers.append(ConvNorm(c_out, c_out, pool=True))
-        self.cnn = nn.Sequential(*layers)
-        self.proj = nn.Linear(size[1] // 32, steps)
-        self.rnn = RECURRENT[rnn](512, hidden_size, 2, dropout=0.3, bidirectional=bidirectional)
-        hidden = hidden_size * (1 + bidirectional)
-        self.fc = nn.Linear(hidden, len(alphabet) + 1)
+            self.cnn.append(ConvNorm(c_in, c_out))
+            self.cnn.append(ConvNorm(c_out, c_out, pool=True))
+        self.proj = nn.Linear(size[1] // 32, self.steps)
+        self.rnn = RECURRENT[rnn](512, hidden, 2, dropout=0.3, bidirectional=bidirectional)
+        self.fc = nn.Linear(hidden * (1 + bidirectional), len(alphabet) + 1)
 
     def forward(self, images):
-        """uint8 (B, 3, H, W) to logits (T, B, C), with T = steps."""
+        """uint8 (B, 3, H, W) to logits (T, B, C), with T = 20."""
         x = images.float() / 255  # (B, 3, H, W), in [0, 1]
         x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         x = self.cnn(x)  # (B, 512, H / 32, W / 32)
@@ -210,18 +143,12 @@ class NotebookCRNN(nn.Module):
 NETWORKS = {"small": CRNN, "notebook": NotebookCRNN}
 
 
-def build_network(config):
-    """The network that a config describes; config is that of a network or a checkpoint."""
-    config = dict(config)
-    if not isinstance(config["alphabet"], str):
-        raise TypeError("the alphabet is not a string")
-    if "hidden" in config:  # the name in older checkpoints
-        config["hidden_size"] = config.pop("hidden")
-    preset = config.pop("preset")
-    if preset == "small":
-        config.pop("steps", None)  # older checkpoints name it, though the width decides
-        config.setdefault("layers", OLD_LAYERS)
-    return NETWORKS[preset](**config)
+def build_network(model, **config):
+    """The network that a config describes: model is "small" or "notebook", the rest what its
+    class takes. It keeps the config, which is of plain types, as network.config."""
+    network = NETWORKS[model](**config)
+    network.config = {"model": model, **config}
+    return network
 
 
 def fold_norms(network):
@@ -241,42 +168,29 @@ def fold_norms(network):
 
 def steps_needed(text):
     """The time steps CTC needs for `text`: one a character, and a blank between equal ones."""
-    neighbours = zip(text, text[1:])
-    repeats = sum(a == b for a, b in neighbours)
-    return len(text) + repeats
+    return len(text) + sum(a == b for a, b in zip(text, text[1:]))
 
 
-def encode(texts, alphabet):
-    """Strings to classes on the CPU, int64: (targets, all in a row; lengths, one a string)."""
-    targets = [alphabet.index(char) + 1 for char in "".join(texts)]
-    targets = torch.tensor(targets, dtype=torch.int64)
-    lengths = [len(text) for text in texts]
-    lengths = torch.tensor(lengths, dtype=torch.int64)
-    return targets, lengths
+def ctc_loss(logits, texts, alphabet, reduction="mean"):
+    """The CTC loss of logits (T, B, C) for B strings: the mean in nats per character, or with
+    reduction="none" the loss of each string in nats, float32 (B,).
 
-
-def string_log_probs(logits, texts, alphabet):
-    """The exact log-probability of each string given its image: float32 (B,), at most 0.
-
-    It is the sum over all alignments of the string to the T steps (Graves et al., 2006); -inf
-    if the string needs more than T steps. logits: (T, B, C) of any precision."""
-    if not texts:
-        return logits.new_zeros(0, dtype=torch.float32)
+    The loss is minus the logarithm of the probability of a string, summed exactly over all its
+    alignments to the T steps (Graves et al., 2006); inf if the string needs more than T steps."""
     # float32: sums over alignments do not survive half precision
     log_probs = logits.float().log_softmax(2)
     if log_probs.device.type == "mps":  # which has no CTC loss
         log_probs = log_probs.cpu()
-    targets, lengths = encode(texts, alphabet)
+    # on the CPU, so that no GPU is waited for
+    targets = torch.tensor([alphabet.index(char) + 1 for char in "".join(texts)])
+    lengths = torch.tensor([len(text) for text in texts])
     steps = torch.full_like(lengths, len(logits))
-    loss = F.ctc_loss(log_probs, targets, steps, lengths, BLANK, reduction="none")
-    return -loss.to(logits.device)
+    return F.ctc_loss(log_probs, targets.long(), steps, lengths, BLANK, reduction)
 
 
-def ctc_loss(logits, texts, alphabet):
-    """The CTC loss of each image in nats a character: float32 (B,). logits: (T, B, C)."""
-    lengths = torch.tensor([len(text) or 1 for text in texts])
-    lengths = lengths.to(logits.device, non_blocking=True)
-    return -string_log_probs(logits, texts, alphabet) / lengths
+def probabilities(logits, texts, alphabet):
+    """The exact probability of each string given its image, in [0, 1]: a list of B floats."""
+    return (-ctc_loss(logits, texts, alphabet, "none")).exp().tolist() if texts else []
 
 
 # ---------------------------------------------------------------------------------------
@@ -292,27 +206,19 @@ def greedy_decode(logits, alphabet):
         text = ""
         previous = BLANK
         for current in path:
-            if current != previous and current != BLANK:
+            if current not in (previous, BLANK):
                 text += alphabet[current - 1]
             previous = current
         texts.append(text)
     return texts
 
 
-LEAST_SHARE = 1e-3  # of the step's best probability; beam search passes over rarer classes
-
-
-def allow(patterns, place, char):
-    """Those of `patterns` that allow `char` at `place`."""
-    return [p for p in patterns if place < len(p) and char in p[place]]
-
-
 def is_plate(text, patterns):
     """Whether `text` is a whole string of one of `patterns`."""
-    patterns = [p for p in patterns if len(p) == len(text)]
-    for place, char in enumerate(text):
-        patterns = allow(patterns, place, char)
-    return bool(patterns)
+    return any(
+        len(pattern) == len(text) and all(map(str.__contains__, pattern, text))
+        for pattern in patterns
+    )
 
 
 def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
@@ -325,17 +231,15 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
     Each step tries its likeliest `classes`, if they are likely at all."""
     beams = {"": (1.0, 0.0)}
     fitting = {"": patterns}  # the patterns of the plates that each prefix begins
-    classes = min(classes, log_probs.shape[1])
-    likeliest = log_probs.topk(classes, 1).indices
+    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices
     # as shares of the step's best: products of many small numbers would come to 0
-    largest = log_probs.amax(1, keepdim=True)
-    shares = (log_probs - largest).exp()
+    shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
     for step_shares, top_classes in zip(shares.tolist(), likeliest.tolist()):
         longer = defaultdict(lambda: [0.0, 0.0])
         for c in {BLANK, *top_classes}:
             share = step_shares[c]
             # the blank always: where no plate can go on with any other, it passes over the step
-            if share < LEAST_SHARE and c != BLANK:
+            if share < 1e-3 and c != BLANK:
                 continue
             for prefix, (ends_blank, ends_char) in beams.items():
                 before = ends_blank + ends_char
@@ -349,194 +253,126 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
                     before = ends_blank
                 text = prefix + char
                 if text not in fitting:
-                    fitting[text] = allow(fitting[prefix], len(prefix), char)
+                    k = len(prefix)
+                    fitting[text] = [p for p in fitting[prefix] if k < len(p) and char in p[k]]
                 if fitting[text] or not patterns:
                     longer[text][1] += before * share
         best = sorted(longer, key=lambda prefix: -sum(longer[prefix]))
         beams = {prefix: longer[prefix] for prefix in best[:beam_width]}
-    texts = list(beams)
-    if patterns:
-        texts = [text for text in texts if is_plate(text, patterns)]
-    return texts
+    return [text for text in beams if not patterns or is_plate(text, patterns)]
 
 
-def decode(logits, alphabet):
-    """Greedy decoding: (B strings, B probabilities). logits: (T, B, C).
+def candidates(views, texts, alphabet):
+    """Strings of one image with their probabilities: [(text, probability), ...], the best first.
 
-    The probability is that of the whole string, exactly."""
-    logits = logits.float().cpu()  # many small steps: a GPU would only wait
-    texts = greedy_decode(logits, alphabet)
-    probabilities = string_log_probs(logits, texts, alphabet).exp()
-    return texts, probabilities.tolist()
-
-
-def candidates(looks, alphabet, patterns=()):
-    """The likeliest strings of one image as [(text, probability), ...], the most probable first.
-
-    looks: logits (T, V, C) of the image, seen in V ways. The strings come from the first look;
-    a probability is the mean of the exact ones of all looks. With `patterns` all strings are
-    plates; the list is empty if nothing in the image looks like one."""
-    log_probs = looks[:, 0].float().log_softmax(1)  # (T, C)
-    texts = beam_search(log_probs, alphabet, patterns)
-    count = looks.shape[1]
-    # every look with every string: (T, V times number of texts, C)
-    repeated = looks.repeat_interleave(len(texts), 1)
-    probabilities = string_log_probs(repeated, texts * count, alphabet).exp()
-    probabilities = probabilities.view(count, len(texts)).mean(0)
-    pairs = zip(texts, probabilities.tolist())
-    return sorted(pairs, key=lambda pair: -pair[1])
+    views: logits (T, V, C) of the image, seen in V ways. A probability is the mean over the views
+    of the exact one."""
+    count = views.shape[1]
+    # every view with every string: (T, V * number of texts, C)
+    repeated = views.repeat_interleave(len(texts), 1)
+    shares = probabilities(repeated, texts * count, alphabet)
+    means = [sum(shares[k :: len(texts)]) / count for k in range(len(texts))]
+    return sorted(zip(texts, means), key=lambda pair: -pair[1])
 
 
 # ---------------------------------------------------------------------------------------
 # Devices and precisions
 
-CACHE_PIXELS = 350_000  # so many pixels at a time keep all activations in a CPU's cache
 
-
-def pick_device(name="auto"):
-    """The device to run on: `name`, or the first there is of CUDA, Apple's MPS and the CPU.
-
-    Raises ValueError if there is no such device."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(name=None):
+    """The device called `name`, or the first there is of CUDA, Apple's MPS and the CPU."""
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not on this machine; drop it, or give cpu") from None
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
+        raise OSError(f"--device {name}: not on this machine; give cpu, or nothing") from None
 
 
-def pick_precision(name, device):
-    """`name`, or for "auto" the fastest of bf16, fp16 and fp32 that the device has circuits for."""
-    if name != "auto":
-        return name
+@functools.lru_cache
+def pick_precision(device):
+    """The fastest of "bf16", "fp16" and "fp32" that the device has circuits for."""
     if device.type == "cuda":
         # bf16 that an older GPU emulates is slower than fp16
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":
-        # other CPUs only imitate bf16, at a fifth of their float32 speed
-        for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-            if getattr(torch.cpu, question, bool)():  # older versions of torch lack them
-                return "bf16"
+        # other CPUs imitate bf16 at a fifth of their float32 speed
+        seconds = []
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(512, 512, dtype=dtype)
+            seconds.append(min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)))
+        return "bf16" if seconds[1] < seconds[0] / 1.3 else "fp32"
     return "fp32"
 
 
 def autocast(device, precision):
     """The context in which a network runs in `precision`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    is_half = precision != "fp32"
-    return torch.autocast(device.type, dtype, enabled=is_half)
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def images_at_once(network):
     """How many images a network reads best at a time on its device."""
     height, width = network.config["size"]
-    device = next(network.parameters()).device
-    if device.type != "cpu":
-        return 256
-    return max(1, CACHE_PIXELS // (height * width))
+    is_cpu = network.fc.weight.device.type == "cpu"
+    # so few that all activations stay in a CPU's cache
+    return max(1, 350_000 // (height * width)) if is_cpu else 256
 
 
 @torch.inference_mode()
 def predict_logits(network, images, precision="fp32"):
-    """uint8 (B, 3, H, W) on any device to float32 logits (T, B, C) on the network's device."""
-    device = next(network.parameters()).device
+    """uint8 (B, 3, H, W) on any device to float32 logits (T, B, C) on the CPU."""
+    device = network.fc.weight.device
     logits = []
     for piece in images.split(images_at_once(network)):
-        piece = piece.to(device, non_blocking=True)
         with autocast(device, precision):
-            logits.append(network(piece).float())
-    return torch.cat(logits, 1)
+            logits.append(network(piece.to(device, non_blocking=True)).float())
+    return torch.cat(logits, 1).cpu()  # decoding is many small steps, for which a GPU would wait
 
 
 # ---------------------------------------------------------------------------------------
-# Checkpoints: {"model": weights, "config": see build_network, and what the trainer adds:
-# "args", "metrics"}, all in plain types, and read with weights_only=True.
+# Checkpoints: {"model": weights, "config": see build_network, and what the trainer adds}, in
+# plain types.
 
 
-def make_checkpoint(network, **info):
-    """What a checkpoint holds: a copy of the weights, the config, and `info`."""
-    weights = {}
-    for name, value in network.state_dict().items():
-        weights[name] = value.cpu().clone()
-    return {"model": weights, "config": network.config, **info}
+class CheckpointError(OSError):
+    """A file that is no checkpoint of train.py, or not for this model.py."""
 
 
-def companion(path, suffix):
-    """The path of another file of the run that writes `path`: ckpt.pth has ckpt.csv beside it."""
-    return Path(str(path).removesuffix(".pth") + suffix)
+def is_config(model, alphabet, size, rnn, bidirectional, hidden):
+    """Whether build_network can build what a file asks for."""
+    height, width = size
+    sizes_fit = height in range(16, 513) and width in range(64, 2049) and hidden in range(1, 2049)
+    names_fit = model in NETWORKS and rnn in RECURRENT and isinstance(alphabet, str)
+    return sizes_fit and names_fit and isinstance(bidirectional, bool)
 
 
-def one_line(error):
-    """An error's own words, cut to fit into one of our sentences."""
-    return " ".join(str(error).split())[:100] or type(error).__name__
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint of train.py: (network in eval mode, all that the file holds).
 
-
-def read_content(path):
-    """What torch.save wrote to `path`, plain types only. Raises ValueError with one sentence."""
+    Files of strangers are safe: they cannot run code, nor take more memory than their own size.
+    Raises CheckpointError with one sentence."""
+    broken = CheckpointError(
+        f"{path}: not a checkpoint for this model.py; is it an image, or cut off?"
+    )
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file; train it first: python train.py")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        advice = "name one that is there, or train one: python train.py"
-        raise ValueError(f"{path}: no such checkpoint or folder; {advice}") from None
-    except Exception as error:  # broken files raise all kinds of errors
-        reason = f"not a whole checkpoint ({one_line(error)})"
-        raise ValueError(f"{path}: {reason}; train it again or copy it again") from None
-
-
-def load_checkpoint(path, alphabet="", device="cpu"):
-    """A checkpoint of train.py, or one the notebook saved: (network in eval mode, info).
-
-    info: what the trainer added to it. The notebook's checkpoints hold no alphabet: `alphabet`
-    is for them. Raises ValueError with one sentence for any other file."""
-    content = read_content(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        values = content["model"].values()
+        is_whole = sum(value.nbytes for value in values) <= os.path.getsize(path)
+        is_ours = is_whole and is_config(**content["config"])
+        is_ours = is_ours and all(value.isfinite().all() for value in values)
+    except Exception:  # torch.load raises all kinds of errors
+        raise broken from None
+    if not is_ours:
+        raise broken
+    with torch.device("meta"):  # shapes without memory
+        network = build_network(**content["config"])
     try:
-        if "state_dict" in content:
-            content = convert_notebook(content["state_dict"], alphabet)
-        with torch.device("meta"):  # shapes without memory, whatever sizes the file asks for
-            network = build_network(content["config"])
         network.load_state_dict(content["model"], assign=True)
-        network.to(torch.float32)  # whatever precision they were stored in
-        values = network.state_dict().values()
-        is_finite = all(value.isfinite().all() for value in values)
-    except Exception as error:  # a file that we did not write can be wrong in every way
-        origin = "not a checkpoint of train.py or of the notebook, or does not fit model.py"
-        raise ValueError(f"{path}: {origin} ({one_line(error)})") from None
-    if not is_finite:
-        raise ValueError(f"{path}: some weights are not numbers; train it again with a lower --lr")
-    info = {}
-    for key in ("args", "metrics"):
-        if isinstance(content.get(key), dict):
-            info[key] = content[key]
-    return network.to(device, memory_format=torch.channels_last).eval(), info
-
-
-def convert_notebook(state, alphabet):
-    """The notebook's weights as a checkpoint of ours; their shapes tell the sizes."""
-    weights = {}
-    for name, value in state.items():
-        name = name.partition(".")[2]  # without "features_extractor." or "sequence_predictor."
-        block = re.match(r"cnn\.(\d+)\.(conv|bn)(\d)", name)
-        if block:
-            layer = 2 * int(block[1]) + int(block[3]) - 1  # its blocks hold two of our layers
-            kind = "norm" if block[2] == "bn" else "conv"
-            name = f"cnn.{layer}.{kind}{name[block.end() :]}"
-        weights[name] = value
-    first = "cnn.0.conv.weight"
-    weights[first] = weights[first].flip(1)  # it was trained on BGR, we read RGB
-    weights["proj.weight"] = weights["proj.weight"].flatten(1)  # 1 x 1 convolution to linear
-    steps, columns = weights["proj.weight"].shape
-    gates, hidden_size = weights["rnn.weight_hh_l0"].shape
-    config = {
-        "preset": "notebook",
-        "alphabet": alphabet,
-        "size": [96, 32 * columns],
-        "rnn": "lstm" if gates == 4 * hidden_size else "gru",  # a GRU has three gates
-        "bidirectional": "rnn.weight_hh_l0_reverse" in weights,
-        "hidden_size": hidden_size,
-        "steps": steps,
-    }
-    return {"config": config, "model": weights}
+    except RuntimeError:
+        raise broken from None
+    network = network.to(device, torch.float32, memory_format=torch.channels_last)
+    return network.eval(), content

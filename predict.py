@@ -3,6 +3,8 @@
     python predict.py crop.jpg                              # path, plate, confidence, by tabs
     python predict.py ckpt.pth crop.jpg                     # the same with your own checkpoint
     python predict.py ckpt.pth FOLDER "more/*.png"          # folders and quoted patterns
+    python predict.py FOLDER --adapt                        # photographs of one place
+    python predict.py FOLDER --adapt --label OUT            # name crops by their plates
     python predict.py ckpt.pth crop.jpg --explain ctc.png   # how CTC read it, as a picture
     python predict.py ckpt.pth --export model.onnx          # for use without these files
 
@@ -14,24 +16,24 @@ In Python:
         print(plate, confidence)
 
 It reads crops of one plate each; a detector comes before it. Without a checkpoint it takes the
-reader in assets, which learnt from synthetic plates alone.
+pretrained model in assets, which learnt from drawn plates alone.
 """
 
 import argparse
-import copy
+import functools
 import glob
 import io
-import itertools
 import json
 import os
+import shutil
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import InterpolationMode, affine, to_pil_image
@@ -39,8 +41,9 @@ from torchvision.transforms.functional import InterpolationMode, affine, to_pil_
 import data
 import model as crnn
 
-SURE = 0.8  # a read less probable than this gets two more looks
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
+SURE = 0.8  # a read less probable than this gets two more views
+SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 
 # ---------------------------------------------------------------------------------------
 # Reading
@@ -49,131 +52,167 @@ READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoin
 class Read(NamedTuple):
     """What was read from one image."""
 
-    plate: str  # "" if the image holds no character, or if there is an error
-    confidence: float  # the probability of `plate`, in [0, 1]; if unsure, the mean of three looks
+    plate: str  # "" if there is an error, or no character was found
+    confidence: float  # the probability of `plate`, in [0, 1]; if unsure, the mean of three views
     alternatives: list  # [(plate, confidence), ...], the likeliest first: the read itself
     error: str  # "" unless the image could not be read
 
 
-def load(path, device="auto"):
-    """A checkpoint of train.py or of the notebook, as a network ready to read.
-
-    Raises ValueError with one sentence if it is none."""
-    device = crnn.pick_device(device)
-    network, _ = crnn.load_checkpoint(path, data.ALPHABET, device)
-    return crnn.fold_norms(network)
+def load(path=READER, device=None):
+    """A checkpoint of train.py as a network ready to read. Raises model.CheckpointError."""
+    return crnn.fold_norms(crnn.load_checkpoint(path, crnn.pick_device(device))[0])
 
 
 def plate_patterns(network, grammar=None):
     """The plate patterns that reads must match: Chinese plates' if `grammar`, else none.
 
-    grammar None: yes for networks that read Chinese plates; no for the notebook's, which decoded
+    grammar None: yes for networks that read Chinese plates; no for the baseline's, which decoded
     greedily."""
     if grammar is None:
-        reads_plates = network.config["alphabet"] == data.ALPHABET
-        grammar = reads_plates and network.config["preset"] != "notebook"
+        config = network.config
+        grammar = config["alphabet"] == data.ALPHABET and config["model"] == "small"
     return data.PATTERNS if grammar else ()
 
 
-def look_again(images):
-    """Two more looks at each image: (B, 3, H, W) to (2 * B, 3, H, W), uint8.
+def more_views(images):
+    """Two more views of each image: (B, 3, H, W) to (2 * B, 3, H, W), uint8.
 
     They come a little closer and tilt the image to either side. What is misread at first sight
     is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
-    zoom = 1.04
-    looks = []
-    for tilt in (2.5, -2.5):  # degrees
-        shear = [0.0, tilt]
-        look = affine(images, 0.0, [0, 0], zoom, shear, InterpolationMode.BILINEAR)
-        looks.append(look)
-    return torch.stack(looks, 1).flatten(0, 1)
+    tilted = [
+        affine(images, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
+        for degrees in (2.5, -2.5)
+    ]
+    return torch.stack(tilted, 1).flatten(0, 1)
 
 
-def read_images(get_logits, images, alphabet, patterns, top):
-    """One Read for each image of uint8 (B, 3, H, W). get_logits: from images to logits (T, B, C).
+def read_images(get_logits, images, alphabet, patterns, top=1, adapt=False):
+    """Strings for each image of uint8 (B, 3, H, W): B lists of (text, probability), the best first.
 
-    Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
-    plate in three looks. With top > 1 every image goes through the beam search."""
+    get_logits: from images to logits (T, B, C). Greedy; but with `patterns`, a read that is no
+    plate or not sure gives way to the likeliest plates in three views. With top > 1 every image
+    goes through the beam search."""
     logits = get_logits(images)  # (T, B, C)
-    greedy = list(zip(*crnn.decode(logits, alphabet)))
+    texts = crnn.greedy_decode(logits, alphabet)
+    answers = [[pair] for pair in zip(texts, crnn.probabilities(logits, texts, alphabet))]
+    views = list(logits.split(1, 1))  # (T, 1, C) of each image
     unsure = []
-    for b, (text, probability) in enumerate(greedy):
-        is_sure = probability > SURE and crnn.is_plate(text, patterns)
-        if patterns and not is_sure:
-            unsure.append(b)
-    looks = list(logits.split(1, 1))  # (T, 1, C) of each image
+    for k, ((text, probability),) in enumerate(answers):
+        is_sure = probability > (SURE_ADAPTED if adapt else SURE)
+        if patterns and not (is_sure and crnn.is_plate(text, patterns)):
+            unsure.append(k)
     if unsure:
-        more_looks = get_logits(look_again(images[unsure]))  # (T, 2 * len(unsure), C)
-        for b, two_looks in zip(unsure, more_looks.split(2, 1)):
-            looks[b] = torch.cat((looks[b], two_looks), 1)  # (T, 3, C)
-    reads = []
-    for b, pair in enumerate(greedy):
-        pairs = [pair]
-        if b in unsure or top > 1:
-            pairs = crnn.candidates(looks[b], alphabet, patterns)[:top] or pairs
-        plate, confidence = pairs[0]
-        reads.append(Read(plate, confidence, pairs, ""))
-    return reads
+        more_logits = get_logits(more_views(images[unsure]))  # (T, 2 * len(unsure), C)
+        for k, two in zip(unsure, more_logits.split(2, 1)):
+            views[k] = torch.cat((views[k], two), 1)  # (T, 3, C)
+    for k in range(len(images)) if top > 1 else unsure:
+        log_probs = views[k][:, 0].log_softmax(1)  # (T, C)
+        strings = crnn.beam_search(log_probs, alphabet, patterns)
+        if adapt:  # the search drops most provinces of a blurred plate
+            strings += [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
+        strings = list(dict.fromkeys(strings))
+        answers[k] = crnn.candidates(views[k], strings, alphabet)[:40] or answers[k]
+    return answers
 
 
-def read(network, sources, precision="auto", grammar=None, top=1, batch_size=None, workers=None):
-    """Yield a Read for each of `sources`, in order: paths, or uint8 arrays (H, W, 3) or (H, W).
-
-    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. grammar: see
-    plate_patterns. top: how many alternatives to give. batch_size: images read together
-    (default: what the device does best). workers: threads (default: one a core)."""
-    if isinstance(sources, (str, os.PathLike)):
-        sources = [sources]
-    device = next(network.parameters()).device
-    precision = crnn.pick_precision(precision, device)
-    patterns = plate_patterns(network, grammar)
-    batch_size = batch_size or crnn.images_at_once(network)
-    workers = workers or data.count_cpus()
-    alphabet = network.config["alphabet"]
+def read_all(network, sources, precision, patterns, top, adapt, batch_size):
+    """Yield a Read with all its candidates for each of `sources`, see read()."""
     size = network.config["size"]
-    # a GPU serves one thread at a time, each core of a CPU its own
-    device_free = threading.Semaphore(workers if device.type == "cpu" else 1)
-
-    def get_logits(images):
-        with device_free:
-            return crnn.predict_logits(network, images, precision).cpu()
-
-    def read_batch(batch):
-        images = {}
-        reads = {}
-        for k, source in enumerate(batch):
-            try:
-                images[k] = data.read_image(source, size)
-            except ValueError as error:
-                reads[k] = Read("", 0.0, [], str(error))
-        if images:
-            pixels = torch.stack(list(images.values()))
-            good = read_images(get_logits, pixels, alphabet, patterns, top)
-            reads |= zip(images, good)
-        return [reads[k] for k in range(len(batch))]
-
-    # Each thread takes its own batch from file to text, with one core for its arithmetic: so
-    # none waits for another, as threads do that share the work of one batch.
-    torch_threads = torch.get_num_threads()
-    sources = iter(sources)  # may be endless; 2 * workers + 1 batches are read ahead
-    waiting = deque()
+    batch_size = batch_size or crnn.images_at_once(network)
+    precision = precision or crnn.pick_precision(network.fc.weight.device)
+    get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
+    sources = iter(sources)
+    ended = None  # by StopIteration, or by another error of the source
+    waiting = deque()  # images that are being decoded: while a batch is read, so is the next one
+    pool = ThreadPoolExecutor()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            while batch := list(itertools.islice(sources, batch_size)):
-                waiting.append(pool.submit(read_batch, batch))
-                if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
+        while waiting or not ended:
+            while not ended and len(waiting) < batch_size + (batch_size > 1) * batch_size:
+                try:
+                    source = next(sources)
+                except Exception as error:
+                    ended = error
+                    break
+                if isinstance(source, np.ndarray):
+                    source = source.copy()  # a camera may fill it again
+                waiting.append(pool.submit(data.load_or_error, source, size))
+            images = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
+            good = [image for image in images if isinstance(image, torch.Tensor)]
+            answers = iter(())
+            if good:
+                alphabet = network.config["alphabet"]
+                answers = read_images(get_logits, torch.stack(good), alphabet, patterns, top, adapt)
+                answers = iter(answers)
+            for image in images:
+                if isinstance(image, torch.Tensor):
+                    pairs = next(answers)
+                    yield Read(*pairs[0], pairs, "")
+                else:
+                    yield Read("", 0.0, [], str(image))
+        if not isinstance(ended, StopIteration):
+            raise ended
     finally:
-        torch.set_num_threads(torch_threads)  # a pool's setting may be that of the whole process
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def names_checkpoint(argument):
-    """Whether an argument names a checkpoint, and not an image, a folder or a pattern."""
-    is_image = Path(argument).suffix.lower() in data.IMAGE_SUFFIXES
-    is_pattern = glob.has_magic(argument) and not os.path.isfile(argument)
-    return not is_image and not is_pattern and not os.path.isdir(argument)
+def adapt_to_place(reads, rounds=20):
+    """Reads weighed by how common their provinces and cities are among all the reads of a place.
+
+    A network that learnt from all provinces alike gives a posterior under an even prior. Where a
+    camera stands, few provinces are common. EM finds which, without a label: the prior weighs the
+    candidates of each image, and is the mean of these posteriors (label shift; Saerens, Latinne
+    and Decaestecker, 2002). The confidence becomes the adapted posterior."""
+    reads = list(reads)
+    pairs = [(k, *pair) for k, read in enumerate(reads) for pair in read.alternatives]
+    image = torch.tensor([k for k, _, _ in pairs], dtype=torch.int64)
+    probability = torch.tensor([share for _, _, share in pairs])
+    side = len(data.ALPHABET)
+    # a city is the second character, given the first; a read that is no plate has none
+    codes = [[data.ALPHABET.index(char) for char in text[:2]] for _, text, _ in pairs]
+    city = torch.tensor([sum(code) + (side - 1) * sum(code[:1]) for code in codes]).long()
+    sums = torch.zeros(len(reads))
+    rest = 1 - sums.index_add(0, image, probability)  # of all strings that are no candidates
+    counts = torch.zeros(side, side)
+    for _ in range(rounds):
+        in_province = counts.sum(1, keepdim=True)
+        # as if each province had been seen half a time before, and each city two times
+        provinces = (in_province + 0.5) / (counts.sum() / 31 + 0.5)
+        cities = (counts + 2) / (in_province / 24 + 2)
+        weights = probability * (provinces * cities).flatten()[city]
+        posterior = weights / (rest + sums.index_add(0, image, weights))[image]
+        counts = torch.zeros(side**2).index_add(0, city, posterior).view(side, side)
+    answers = [[] for _ in reads]
+    for (k, text, _), share in zip(pairs, posterior.tolist()):
+        answers[k].append((text, share))
+    for read, some in zip(reads, answers):
+        some.sort(key=lambda pair: -pair[1])
+        yield Read(*some[0], some, "") if some else read
+
+
+def read(network, sources, precision=None, grammar=None, top=1, adapt=False, batch_size=None):
+    """An iterator over a Read for each of `sources`, in order.
+
+    sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
+    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. Up to two batches are
+    taken before the first answer; for a live camera call next(read(network, frame)) each frame.
+
+    precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
+    plate_patterns. top: how many alternatives to give. adapt: see adapt_to_place; a read then
+    depends on all the others, and the first comes after the last image. batch_size: images read
+    together (default: what the device does best)."""
+    one = (str, os.PathLike, bytes, Image.Image, type(None))
+    if isinstance(sources, one) or isinstance(sources, np.ndarray) and sources.ndim < 4:
+        sources = [sources]
+    patterns = plate_patterns(network, grammar)
+    if adapt and not patterns:
+        raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
+    reads = read_all(network, sources, precision, patterns, top, adapt, batch_size)
+    reads = adapt_to_place(reads) if adapt else reads
+    return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
+
+
+# ---------------------------------------------------------------------------------------
+# What else the command line does
 
 
 def find_images(arguments):
@@ -181,214 +220,116 @@ def find_images(arguments):
     for argument in arguments:
         if os.path.isdir(argument):
             yield from data.list_images(argument)
-            continue
-        paths = [Path(argument)]  # one that does not exist is reported when it is read
-        if not os.path.lexists(argument):  # so that a file may be called [1].jpg
-            matches = glob.glob(argument, recursive=True)
-            matches = sorted(map(Path, matches))
-            images = [path for path in matches if path.suffix.lower() in data.IMAGE_SUFFIXES]
-            paths = images or paths
-        yield from paths
+        elif os.path.lexists(argument):  # so that a file may be called [1].jpg
+            yield argument
+        else:  # one that does not exist is reported when it is read
+            yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 
 
-# ---------------------------------------------------------------------------------------
-# CTC at work, as a picture
+def explain(network, path, out, precision=None, grammar=None):
+    """Write a picture of CTC at work on one image: the crop, below it for each time step the
+    likeliest class ("-" is blank) and how likely it is, and the best strings."""
+    from assets import plates
 
-STEP = 28  # pixels of a time step in the picture
-BARS = 130  # pixels of a bar for probability 1
-ROW = 38  # pixels from one string to the next
-
-
-def draw_steps(page, logits, alphabet, top):
-    """For each time step, from `top` down: a bar as high as its best class is probable, and that
-    class, "-" for blank. A line in the crop above marks each step that is no blank."""
-    draw = ImageDraw.Draw(page)
-    floor = top + BARS + 20
-    probabilities = logits[:, 0].softmax(1)  # (T, C)
-    highest, classes = probabilities.max(1)  # (T,) each
-    left = 0
-    for probability, best in zip(highest.tolist(), classes.tolist()):
-        char = "-"
-        colour = "silver"
-        if best != crnn.BLANK:
-            char = alphabet[best - 1]
-            colour = "royalblue"
-            middle = left + STEP // 2
-            draw.line((middle, 0, middle, top), "gold")
-        bar_top = floor - round(probability * BARS)
-        bar = (left + 3, bar_top, left + STEP - 4, floor)
-        draw.rectangle(bar, colour)
-        picture = to_pil_image(data.text_picture(char, 32))
-        page.paste(picture, (left + 5, floor + 6))
-        left += STEP
-
-
-def explain(network, path, out, precision="auto", grammar=None):
-    """Write a picture of CTC at work on one image: the crop, the time steps, the best strings."""
-    image = data.read_image(path, network.config["size"])
-    device = next(network.parameters()).device
-    precision = crnn.pick_precision(precision, device)
-    logits = crnn.predict_logits(network, image[None], precision).cpu()  # (T, 1, C)
-    (result,) = read(network, [path], precision, grammar, top=4)
-    pairs = result.alternatives
-    width = STEP * len(logits)  # every time step stands below the columns it comes from
-    crop = to_pil_image(image)
-    height = width * crop.height // crop.width
-    crop = crop.resize((width, height))
-    y = crop.height + BARS + 72  # where the strings begin
-    height = y + 8 + ROW * len(pairs)
-    page = Image.new("RGB", (width, height), "white")
-    page.paste(crop)
-    draw_steps(page, logits, network.config["alphabet"], crop.height)
-    draw = ImageDraw.Draw(page)
-    for text, probability in pairs:
-        picture = to_pil_image(data.text_picture(text, 32))
-        page.paste(picture, (8, y))
-        place = (picture.width + 24, y + 8)
-        draw.text(place, f"{probability:.4f}", "grey", font_size=16)
-        y += ROW
-    data.write_file(out, data.encode_image(page, "PNG"))
-
-
-# ---------------------------------------------------------------------------------------
-# For other runtimes
-
-
-def save_onnx(program, test, facts, out):
-    """Write an exported program as .onnx. Returns what onnxruntime answers to `test`."""
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    try:
-        onnx_program = torch.onnx.export(program, dynamo=True, **names)
-        onnx_program.model.metadata_props.update(facts)
-        answer = onnx_program(test)[0]
-    except ImportError as error:
-        packages = "pip install onnx onnxscript onnxruntime"
-        raise ValueError(f"{out}: needs {error.name}; install all with: {packages}") from None
-    data.write_file(out, onnx_program.model_proto.SerializeToString())
-    return answer
+    data.check_output(out, ".png", path)
+    alphabet = network.config["alphabet"]
+    precision = precision or crnn.pick_precision(network.fc.weight.device)
+    get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
+    get_logits = functools.lru_cache(get_logits)  # the first view is computed once
+    image = data.load_image(path, network.config["size"])
+    images = image[None]
+    (pairs,) = read_images(get_logits, images, alphabet, plate_patterns(network, grammar), top=4)
+    probabilities, classes = get_logits(images)[:, 0].softmax(1).max(1)  # (T,) each
+    step = 28  # pixels of a time step in the picture
+    width = step * len(classes)  # every time step stands below the columns it comes from
+    crop = to_pil_image(image).resize((width, width * image.shape[1] // image.shape[2]))
+    bars = Image.new("RGB", (width, 180), "white")
+    draw = ImageDraw.Draw(bars)
+    for left, best, share in zip(range(0, width, step), classes.tolist(), probabilities.tolist()):
+        is_blank = best == crnn.BLANK
+        bar = (left + 3, 140 - 130 * share, left + step - 4, 140)
+        draw.rectangle(bar, "silver" if is_blank else "royalblue")
+        char = "-" if is_blank else alphabet[best - 1]
+        bars.paste(plates.text_picture(char, 32), (left + 5, 146))
+    strings = [plates.text_picture(f"{text} {share:.4f}", 32) for text, share in pairs[:4]]
+    plates.sheet([crop, bars, *strings], 1).save(out)
 
 
 def export(network, out):
-    """Write the network for use without these files, as .pt2 or .onnx, and check that it agrees.
+    """Write a network on the CPU for use without these files, as .pt2 or .onnx.
 
-    Takes uint8 (B, 3, H, W) and gives logits (T, B, C), for B from 1 to 4096. The file also holds
-    what the reader of its logits needs: the alphabet, the size, the blank. Raises ValueError if
-    `out` is no such file or the file gives other logits."""
-    suffix = Path(out).suffix
-    if suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"{out}: name it .pt2 or .onnx")
-    data.check_output(out, suffix)
-    network = copy.deepcopy(network).cpu()
-    height, width = network.config["size"]
-    facts = {
-        "alphabet": network.config["alphabet"],
-        "size": f"{height} {width}",
-        "blank": str(crnn.BLANK),
-    }
-    # batches of two sizes, to see that the number of images is not built in
-    shape = (3, height, width)
-    example = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
-    test = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = ({0: batch},)
+    It takes uint8 (B, 3, H, W) with B at least 1 and gives logits (T, B, C). The file also holds
+    what the reader of its logits needs: the alphabet, the size, the blank."""
+    is_onnx = Path(out).suffix == ".onnx"
+    data.check_output(out, ".onnx" if is_onnx else ".pt2")
+    facts = {key: str(network.config[key]) for key in ("alphabet", "size")} | {"blank": "0"}
+    example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
+    shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    if suffix == ".onnx":
-        answer = save_onnx(program, test, facts, out)
+    file = io.BytesIO()
+    if is_onnx:  # needs onnx and onnxscript, and says so
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        onnx = torch.onnx.export(program, dynamo=True, **names)
+        onnx.model.metadata_props.update(facts)
+        file.write(onnx.model_proto.SerializeToString())
     else:
-        buffer = io.BytesIO()
-        extra_files = {"facts.json": json.dumps(facts)}
-        torch.export.save(program, buffer, extra_files=extra_files)
-        data.write_file(out, buffer.getvalue())
-        answer = torch.export.load(out).module()(test)
-    with torch.no_grad():
-        errors = (answer - network(test)).abs()
-    difference = errors.max().item()
-    if difference > 1e-3:
-        raise ValueError(f"{out}: differs from the network by {difference:.1e}; do not use it")
-    print(f"{out}: written; agrees with the network to {difference:.1e}")
+        torch.export.save(program, file, extra_files={"facts.json": json.dumps(facts)})
+    data.write_file(out, file.getvalue())
+    print(f"{out}: written")
 
 
-# ---------------------------------------------------------------------------------------
-
-
-def machine_options(parser):
-    """Add the options that say what to compute with, the same in train, evaluate and predict."""
-    add = parser.add_argument
-    add("--workers", type=data.positive_int, help="threads that read files (default: one a core)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    add(
-        "--precision",
-        default="auto",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="(default: the fastest the device computes)",
-    )
-
-
-def reading_options(parser):
+def reading_options(add):
     """Add the options of every script that reads with a checkpoint."""
-    parser.add_argument(
-        "--grammar",
-        action=argparse.BooleanOptionalAction,
-        help="read only what is a plate (default: yes; no for the notebook's and other alphabets)",
-    )
-    machine_options(parser)
+    switch = argparse.BooleanOptionalAction
+    add("--grammar", action=switch, help="read only plates (default: not for other alphabets)")
+    add("--adapt", action="store_true", help="all images are of one place: each helps to read all")
+    data.machine_options(add)
 
 
-def print_reads(paths, reads):
-    """Print a line for each image that was read. Returns how many were not."""
-    failures = 0
-    pairs = zip(paths, reads)
-    for path, result in data.show_progress(pairs, len(paths), "image"):
-        if result.error:
-            failures += 1
-            print(f"error: {result.error}", file=sys.stderr)
-            continue
-        cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
-        print(data.printable(path), *cells, sep="\t")
-    return failures
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CKPT", help="(default: the reader in assets)")
-    add("paths", nargs="*", metavar="PATH", help="image files, folders, quoted patterns")
-    add(
-        "--top", type=data.positive_int, default=1, metavar="K", help="print the K likeliest plates"
-    )
-    add("--explain", metavar="OUT.png", help="draw how the first image was read")
-    add("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
-    reading_options(parser)
-    args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    if args.checkpoint and not names_checkpoint(args.checkpoint):
-        args.paths.insert(0, args.checkpoint)
-        args.checkpoint = None
-    return args
+def keep(path, result, folder, number, above):
+    """Copy a crop to `folder`, named by its plate; to folder/unsure if it is less sure."""
+    is_sure = result.confidence >= above
+    # "~" marks a guess, which training leaves out until a person corrects the name
+    name = f"{number:06}-{result.plate}{'' if is_sure else '~'}{Path(path).suffix}"
+    target = Path(folder, "" if is_sure else "unsure", name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    with data.plain_errors():
-        if args.explain:
-            data.check_output(args.explain, ".png")
-        if not args.checkpoint:
-            print(f"reading with {READER}", file=sys.stderr)
-        network = load(args.checkpoint or READER, args.device)
+    parser = data.make_parser("predict.py", __doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
+    add("--top", type=data.number(int, 1, 1000), default=1, help="print the K likeliest plates")
+    add("--label", metavar="OUT", help="copy the crops to OUT, named by what was read")
+    add("--above", type=float, default=0.9, help="those less sure go to OUT/unsure (%(default)s)")
+    add("--explain", metavar="OUT.png", help="draw how the first image was read")
+    add("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
+    reading_options(add)
+    with data.one_sentence():
+        args = parser.parse_intermixed_args(argv)  # options may stand between the paths
+        named = args.paths[:1] if "".join(args.paths[:1]).endswith(".pth") else []
+        checkpoint = (named or [READER])[0]
+        paths = list(find_images(args.paths[len(named) :]))
         if args.export:
-            export(network, args.export)
-        paths = list(find_images(args.paths))
-        if args.export and not args.paths:
-            return
-        if not paths:
-            names = " ".join(args.paths) or "PATH"
-            raise ValueError(f"{names}: no images there; name files, folders or quoted patterns")
+            export(load(checkpoint, "cpu"), args.export)
+        elif not paths:
+            raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
+        network = load(checkpoint, args.device)
         if args.explain:
             explain(network, paths[0], args.explain, args.precision, args.grammar)
         start = time.time()
-        reads = read(network, paths, args.precision, args.grammar, args.top, workers=args.workers)
-        failures = print_reads(paths, reads)
+        failures = 0
+        reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
+        for number, (path, result) in enumerate(zip(paths, reads)):
+            if result.error:
+                failures += 1
+                print(f"error: {result.error}", file=sys.stderr)
+                continue
+            cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
+            print(data.printable(path), *cells, sep="\t")
+            if args.label:
+                keep(path, result, args.label, number, args.above)
         good = len(paths) - failures
         speed = good / (time.time() - start)
         print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)

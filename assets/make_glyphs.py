@@ -28,12 +28,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from plates import CELL_H, CELL_W
+from plates import CHARACTER_HEIGHT as HEIGHT
+from plates import CHARACTER_WIDTH as WIDTH
 
 ASSETS = Path(__file__).parent
-CELL_W = 24  # pixels of one character in glyphs.png
-CELL_H = 48
-WIDTH = 45  # mm of one character on a plate
-HEIGHT = 90
 GRID = np.array([35, 80])  # the largest x and y in strokes.txt; the smallest are 0
 
 BLUE_PENS = (7, 9, 11, 13)  # mm; on real plates 11

@@ -1,0 +1,301 @@
+"""Synthetic Chinese plates: the drawing, and pictures with captions.
+
+    python assets/plates.py show OUT.png [DIR] [--augmented]    # 24 samples of DIR, or drawn ones
+    python assets/plates.py render OUT --count 1000             # drawn plates as files
+
+A plate is drawn head-on and evenly lit by the standard GA 36-2018, all lengths in mm. Then the
+camera of data.py photographs it. The characters come from glyphs.png, see make_glyphs.py.
+"""
+
+import functools
+import itertools
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import linspace, rand
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+
+GLYPHS = Path(__file__).with_name("glyphs.png")
+CELL_W = 24  # pixels of one character in glyphs.png
+CELL_H = 48
+CHARACTER_WIDTH = 45  # mm, the same character
+CHARACTER_HEIGHT = 90
+OWN_FACE = range(0, 4)  # rows of glyphs.png: the plates' own characters in four widths of the pen
+GREEN_FACE = range(4, 8)  # green plates have a typeface of their own
+OTHER_FACES = 8  # ordinary typefaces begin at this row
+
+# Blue plates are 440 mm wide and green ones 480, of which we draw 440 too, 11/12 as wide: the
+# camera makes one size of all plates anyway. A box is the left edge and width of a character.
+WIDTH = 440
+HEIGHT = 140
+RIM = 20  # so much of the car is drawn around every plate
+EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
+SEVEN_BOXES = tuple((x, 45) for x in (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5))
+EIGHT_BOXES = tuple((x, 40) for x in (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5))
+BRIGHT = (0.75, 1.0)
+DARK = (0.0, 0.2)
+
+
+class PlateType(NamedTuple):
+    """All that is special about one type of plate. Colours are RGB in [0, 1]."""
+
+    share: float  # how many of the synthetic plates are of this type
+    ground: tuple  # the colour of the background lies between these two
+    ink: tuple = DARK  # the darkest and the brightest grey of the characters and the border
+    fade: float = 0.0  # how far the background turns white towards the top
+    patterns: tuple = data.SEVEN
+    boxes: tuple = SEVEN_BOXES
+    faces: range = OWN_FACE
+
+
+GREEN = {"fade": 1.0, "boxes": EIGHT_BOXES, "faces": GREEN_FACE}
+PLATE_TYPES = (
+    # blue: cars
+    PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), BRIGHT),
+    # green: electric cars, and electric trucks and buses
+    PlateType(0.11, ((0.10, 0.60, 0.35), (0.35, 0.85, 0.60)), patterns=data.EIGHT, **GREEN),
+    PlateType(0.01, ((0.40, 0.60, 0.10), (0.80, 0.85, 0.45)), patterns=data.EIGHT_LARGE, **GREEN),
+    # yellow: trucks and buses
+    PlateType(0.07, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
+    # white: police
+    PlateType(0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
+)
+OWN_SHARE = 0.9  # of the plates have the characters of real plates, the others ordinary typefaces
+PRACTICE = 0.5  # of the strings that training draws, see random_text
+VALIDATION = (1000, "validation")  # plates, and their seed: training's seeds are never strings
+TEST = (2000, "test")
+
+# ---------------------------------------------------------------------------------------
+# Drawing. Random numbers come from torch and from Python, as in the camera; B is the number of
+# plates, mm the number of pixels in a millimetre.
+
+
+@functools.lru_cache(maxsize=8)
+def load_glyphs(height, device="cpu"):
+    """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
+    with Image.open(GLYPHS) as image:
+        sheet = pil_to_tensor(image.convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
+    cells = sheet.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
+    cells = F.interpolate(cells, (height, height // 2), mode="bilinear", antialias=True)
+    return cells.clamp(0, 1).to(device)
+
+
+def on_device(values, device):
+    """A small tensor on `device`, copied from the CPU without waiting for the device."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
+
+
+def random_text(patterns, practice):
+    """A random string of one of the patterns; every province is equally likely.
+
+    A share `practice` of the strings are no plates: half of their places hold provinces. It is
+    practice for the 31 characters that are hardest to tell apart, and stand only once a plate."""
+    text = [random.choice(chars) for chars in random.choice(patterns)]
+    if random.random() < practice:
+        text[1:] = [random.choice([char, random.choice(data.PROVINCES)]) for char in text[1:]]
+    return "".join(text)
+
+
+def stamp(plate, mask, x, y, colour, mm):
+    """Paint `colour` through a mask in [0, 1], its upper left corner at (x, y) mm."""
+    left = round(x * mm)
+    top = round(y * mm)
+    part = plate[:, :, top : top + mask.shape[-2], left : left + mask.shape[-1]]
+    part.lerp_(colour.expand_as(part), mask)
+
+
+def draw_surroundings(count, mm):
+    """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
+    size = (round((HEIGHT + 2 * RIM) * mm), round((WIDTH + 2 * RIM) * mm))
+    blotches = rand(count, 1, 2, 14) - 0.5
+    blotches = F.interpolate(blotches, size, mode=random.choice(["bilinear", "nearest"]))
+    grey, brightness, contrast = rand(3, count, 1, 1, 1)
+    colour = grey - 0.25 + 0.5 * rand(count, 3, 1, 1)
+    return colour * brightness + (0.3 + 0.7 * contrast) * blotches
+
+
+def draw_background(plate, plate_type, ink, mm):
+    """The colour, on green plates white at the top, and the thin line along the edge, fainter on
+    some plates."""
+    count, _, height, _ = plate.shape
+    darkest, brightest = on_device(plate_type.ground, plate.device).view(2, 3, 1, 1)
+    ground = darkest + (brightest - darkest) * rand(count, 3, 1, 1)
+    fade = plate_type.fade * rand(count, 1, 1, 1).sqrt() * linspace(1, 0, height).view(-1, 1)
+    ground = (ground + (0.9 - ground) * fade).expand_as(plate)
+    plate.copy_(ground)
+    edge = round(random.uniform(3, 6) * mm)
+    inner = edge + max(1, round(random.uniform(2, 5.5) * mm))
+    line = plate[:, :, edge:-edge, edge:-edge]
+    line.lerp_(ink.expand_as(line), rand(count, 1, 1, 1) ** 0.25)
+    plate[:, :, inner:-inner, inner:-inner] = ground[:, :, inner:-inner, inner:-inner]
+
+
+def draw_characters(plate, plate_type, texts, ink, glyphs, mm):
+    """Stamp every character at its place, and the dot behind the second one."""
+    codes = [[data.ALPHABET.index(char) for char in text] for text in texts]
+    faces = []
+    for _ in texts:
+        is_own = random.random() < OWN_SHARE
+        rows = plate_type.faces if is_own else range(OTHER_FACES, len(glyphs))
+        faces.append([random.choice(rows)])
+    # (B, 1) and (B, length) choose (B, length, h, w)
+    masks = glyphs[on_device(faces, plate.device), on_device(codes, plate.device)]
+    for place, (x, width) in enumerate(plate_type.boxes):
+        size = (masks.shape[2], round(width * mm))
+        mask = F.interpolate(masks[:, place : place + 1], size, mode="bilinear", antialias=True)
+        # characters are not pressed exactly in place
+        x = x + random.uniform(-1.5, 1.5)
+        stamp(plate, mask, x, random.uniform(23.5, 26.5), ink, mm)
+    side = max(2, round(10 * mm))
+    gap = (sum(plate_type.boxes[1]) + plate_type.boxes[2][0]) / 2
+    dot = rand(len(texts), 1, 1, 1).expand(-1, 1, side, side)
+    stamp(plate, dot, gap - 5, 65, ink, mm)
+
+
+def draw_screws(plate, mm):
+    """Screws or seals in some of the four holes; they may cover a part of a character."""
+    count = len(plate)
+    size = random.uniform(8, 16)
+    x = linspace(-1, 1, max(3, round(size * mm)))
+    disc = (1.3 - x**2 - x.view(-1, 1) ** 2).clamp(0, 1)  # with a soft edge
+    for hole, lower in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (False, True)):
+        is_there = rand(count, 1, 1, 1) < 0.4
+        colour = rand(count, 1, 1, 1) * (1 - 0.4 * rand(count, 3, 1, 1))
+        y = random.uniform(2, 14)
+        y = HEIGHT - size - y if lower else y
+        stamp(plate, disc * is_there, hole + random.uniform(-18, 2), y, colour, mm)
+
+
+def paint(plate_type, texts, glyphs):
+    """Plates of one type with a rim of car around them: float32 (B, 3, h, w), about in [0, 1]."""
+    mm = glyphs.shape[2] / CHARACTER_HEIGHT
+    count = len(texts)
+    canvas = draw_surroundings(count, mm)
+    rim = round(RIM * mm)
+    plate = canvas[:, :, rim:-rim, rim:-rim]  # a view: what is drawn on it is on the canvas
+    darkest, brightest = plate_type.ink
+    ink = darkest + (brightest - darkest) * rand(count, 1, 1, 1)
+    ink = ink - 0.05 + 0.1 * rand(count, 3, 1, 1)
+    draw_background(plate, plate_type, ink, mm)
+    draw_characters(plate, plate_type, texts, ink, glyphs, mm)
+    draw_screws(plate, mm)
+    return canvas
+
+
+def draw_plates(count, size, practice=0.0, device="cpu"):
+    """Pictures of `count` plates that do not exist: uint8 (count, 3, *size), and their strings.
+
+    practice: see random_text."""
+    device = torch.device(device)
+    # finer than the picture of it: a character of 90 mm takes 64% of a plate's height
+    glyphs = load_glyphs(round(1.25 * size[0]), device)
+    shares = [plate_type.share for plate_type in PLATE_TYPES]
+    types = random.choices(PLATE_TYPES, shares, k=count)
+    all_texts = []
+    canvases = []
+    with data.lying_on(device):
+        for plate_type in dict.fromkeys(types):
+            number = types.count(plate_type)
+            texts = [random_text(plate_type.patterns, practice) for _ in range(number)]
+            all_texts += texts
+            canvases.append(paint(plate_type, texts, glyphs))
+        return data.camera(torch.cat(canvases), size, extent=EXTENT), all_texts
+
+
+def fixed_plates(count, seed, size):
+    """`count` drawn plates, the same for the same seed; the caller's random numbers go on."""
+    state = random.getstate()
+    with torch.random.fork_rng([]):
+        data.seed_all(seed)
+        parts = [draw_plates(min(64, count - k), size) for k in range(0, count, 64)]
+    random.setstate(state)
+    images, texts = zip(*parts)
+    return torch.cat(images), sum(texts, [])
+
+
+# ---------------------------------------------------------------------------------------
+# Pictures with captions
+
+
+def text_picture(text, height, red=()):
+    """`text` on white, a Pillow image; the characters at the places in `red` are red."""
+    step = height // 2 + 2
+    page = Image.new("RGB", (step * max(1, len(text)), height), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(0.9 * height)  # in which no 1 looks like an I, as on plates
+    for k, char in enumerate(text):
+        colour = "red" if k in red else "black"
+        if char in data.PROVINCES:
+            glyph = load_glyphs(height)[0, data.ALPHABET.index(char)]
+            draw.bitmap((k * step, 0), to_pil_image(glyph), colour)
+        else:
+            draw.text((k * step + height // 4, height // 2), char, colour, font, "mm")
+    return page
+
+
+def sheet(pictures, columns=4):
+    """Pillow images in rows, as one."""
+    rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
+    width = 4 + max(picture.width for picture in pictures)
+    page = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
+    for k, picture in enumerate(pictures):
+        page.paste(picture, (k % columns * width, sum(heights[: k // columns])))
+    return page
+
+
+def show(out, folder=None, augmented=False):
+    """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
+    data.check_output(out, ".png")
+    size = (48, 192)
+    images, texts = fixed_plates(24, "show", size)
+    if folder:
+        crops = list(zip(*data.find_crops(data.split_folder(folder, "train"))))
+        crops = random.Random(0).sample(crops, min(24, len(crops)))
+        images, texts = data.load_crops(*zip(*crops), size)
+    if augmented:
+        images = data.camera(images, size, data.CROP_STRENGTH)
+    pairs = [(to_pil_image(image), text_picture(text, 22)) for image, text in zip(images, texts)]
+    sheet([sheet(pair, 1) for pair in pairs]).save(out)
+    print(f"{out}: {len(pairs)} labelled samples")
+
+
+def render(out, count, seed):
+    """Write drawn plates as JPEG files: nine tenths to out/train, the rest to out/test."""
+    for start in range(0, count, 64):
+        plates = fixed_plates(min(64, count - start), f"render {seed} {start}", (80, 256))
+        for k, (image, text) in enumerate(zip(*plates), start):
+            folder = Path(out, "test" if k % 10 == 9 else "train")
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(folder / f"{k:07}-{text}.jpg", quality=95)
+    print(f"{out}: {count:,} drawn plates")
+
+
+def main(argv=None):
+    parser = data.make_parser("plates.py", __doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("show")
+    command.set_defaults(tool=show)
+    command.add_argument("out", help="the picture to write")
+    command.add_argument("folder", nargs="?", help="labelled crops (default: drawn plates)")
+    command.add_argument("--augmented", action="store_true", help="as training sees them")
+    command = commands.add_parser("render")
+    command.set_defaults(tool=render)
+    command.add_argument("out", help="the folder to write to")
+    command.add_argument("--count", type=data.number(int, 1, 10**6), default=1000)
+    command.add_argument("--seed", type=int, default=0)
+    with data.one_sentence():
+        options = vars(parser.parse_args(argv))
+        options.pop("tool")(**options)
+
+
+if __name__ == "__main__":
+    main()
