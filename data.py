@@ -168,12 +168,12 @@ def machine_options(add):
 
 # A plate that breaks a rule still teaches, so this is looser than PATTERNS. What ends in "~" is
 # a guess that nobody has confirmed (predict.py --label).
-PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
+PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])", re.I)
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
 SHORTENED = 'names hold more than one label; only what follows the last "-" was taken'
 FRAME = "whole CCPD photographs; cut them first: python data.py crop FRAMES OUT"
-UNLABELLED = "files whose names hold no label; a good name is {}"
+UNLABELLED = "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg"
 
 
 def parse_label(path, alphabet=ALPHABET):
@@ -185,19 +185,17 @@ def parse_label(path, alphabet=ALPHABET):
     what was odd, in words for many files; mostly it is empty."""
     name = normalise(Path(path).stem)
     *parts, last = [name] if "-" in alphabet else name.split("-")
-    example = "01-LABEL.jpg, in its alphabet"
     if alphabet == ALPHABET:
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511H_2
-        plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
+        plates = set(PLATE.findall(last)) or set(PLATE.findall(name))
         if len(plates) == 1:
-            city, number = plates.pop()
+            city, number = map(str.upper, plates.pop())
             repaired = number.replace("O", "0").replace("I", "1")
             return city + repaired, REPAIRED if repaired != number else ""
-        example = "01-皖AX511H.jpg"
     elif last and set(last) <= set(alphabet):
         return last, SHORTENED if any(set(part) <= set(alphabet) for part in parts) else ""
-    is_frame = name.count("&") >= 6  # its name holds the corners of the plate
-    return None, FRAME if is_frame else UNLABELLED.format(example)
+    # the name of a whole photograph holds the corners of the plate
+    return None, FRAME if name.count("&") > 5 else UNLABELLED
 
 
 def list_images(folder):
@@ -206,7 +204,7 @@ def list_images(folder):
     Links are followed, but every folder only once. stderr counts the files passed over."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = Image.registered_extensions()
     paths = set()
     visited = set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -282,23 +280,23 @@ def open_image(source):
 
     source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An
     array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
-    name = type(source).__name__
-    if isinstance(source, (str, os.PathLike)):
-        name = printable(source)
-        if not os.path.isfile(source):  # to open a pipe would wait for ever
-            raise InputError(f"{name}: no such file")
-    elif not isinstance(source, (bytes, np.ndarray, Image.Image)):
-        # None is what OpenCV gives for a file that it cannot open
-        raise InputError(f"{name}: not an image; give a path, bytes, an array or a Pillow image")
     try:
         if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-        elif not isinstance(source, Image.Image):
-            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image = ImageOps.exif_transpose(source)  # decodes it
+            image = Image.fromarray(source)
+        elif isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif os.path.isfile(source):  # to open a pipe would wait for ever
+            image = Image.open(source)
+        else:
+            raise FileNotFoundError("no such file")
+        image = ImageOps.exif_transpose(image)  # decodes it
     except PILLOW_ERRORS as error:
-        reason = printable(error)[:100]
-        raise InputError(f"{name}: not a readable image, nor uint8 (H, W, 3) ({reason})") from None
+        is_path = isinstance(source, (str, os.PathLike))
+        name = printable(source) if is_path else type(source).__name__
+        what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
+        raise InputError(f"{name}: {what} ({printable(error)[:100]})") from None
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we stretch
         pixels = np.nan_to_num(np.asarray(image, np.float64))
         pixels = 255 * (pixels - pixels.min()) / max(1e-9, np.ptp(pixels))
@@ -313,10 +311,10 @@ def load_image(source, size):
     return pil_to_tensor(image)
 
 
-def load_or_error(source, size):
-    """load_image, or the InputError that it raises: for threads, whose results come later."""
+def attempt(function, *arguments):
+    """What the function returns, or the InputError that it raises: for threads."""
     try:
-        return load_image(source, size)
+        return function(*arguments)
     except InputError as error:
         return error
 
@@ -332,7 +330,9 @@ def load_crops(paths, texts, size):
     kept = []
     errors = []
     with ThreadPoolExecutor() as pool:
-        for text, image in zip(texts, pool.map(load_or_error, paths, len(paths) * [size])):
+        for text, image in zip(
+            texts, pool.map(lambda path: attempt(load_image, path, size), paths)
+        ):
             if isinstance(image, InputError):
                 errors.append(image)
                 continue
@@ -477,11 +477,8 @@ def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
 
 
 def look_at_file(path):
-    """(width, height, checksum) of an image file, or the InputError that it gives."""
-    try:
-        return *open_image(path).size, zlib.crc32(path.read_bytes())
-    except InputError as error:
-        return error
+    """(width, height, checksum) of an image file."""
+    return *open_image(path).size, zlib.crc32(path.read_bytes())
 
 
 def audit(folder, alphabet=ALPHABET):
@@ -489,38 +486,38 @@ def audit(folder, alphabet=ALPHABET):
 
     Returns whether every name holds a label and every image can be read."""
     paths = list_images(folder)
-    with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look_at_file, paths))
-    labels = [parse_label(path, alphabet) for path in paths]
     splits = defaultdict(list)
     wrong = defaultdict(list)
     first = {}
-    for path, look, (text, remark) in zip(paths, looks, labels):
-        if text:
-            # DIR/train/part1/x.jpg belongs to train
-            splits["".join(path.relative_to(folder).parts[:-1][:1]).lower()].append(text)
-        if remark:
-            wrong[remark].append(path)
-        if isinstance(look, InputError):
-            wrong["files that cannot be read"].append(look)
-        elif first.setdefault(look, path) != path:
-            wrong["copies"].append(f"{path} is {first[look]}")
+    with ThreadPoolExecutor() as pool:
+        for path, look in zip(paths, pool.map(lambda path: attempt(look_at_file, path), paths)):
+            text, remark = parse_label(path, alphabet)
+            if text:
+                # DIR/train/part1/x.jpg belongs to train
+                splits["".join(path.relative_to(folder).parts[:-1][:1]).lower()].append(text)
+            if remark:
+                wrong[remark].append(path)
+            if isinstance(look, InputError):
+                wrong["files that cannot be read"].append(look)
+            elif first.setdefault(look, path) != path:
+                wrong["copies"].append(f"{path} is {first[look]}")
     is_good = set(wrong) <= {REPAIRED, SHORTENED, "copies"}
-    wrong["plates in train and test"] = sorted(set(splits["train"]) & set(splits["test"]))
-    texts = [text for text, _ in labels if text]
-    sizes = [look[:2] for look in looks if isinstance(look, tuple)]
+    wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
+    texts = sum(splits.values(), [])
     facts = {
         "images": {split: len(some) for split, some in splits.items()},
-        "plates": {split: len(set(some)) for split, some in splits.items()},
         "lengths": Counter(map(len, texts)),
         "characters": Counter("".join(texts)),
         "first characters": Counter(text[0] for text in texts),
         "never seen": dict.fromkeys(set(alphabet) - set("".join(texts)), 0),
+        "widths": Counter(width for width, _, _ in first),
+        "heights": Counter(height for _, height, _ in first),
     }
-    for name, sides in zip(("widths", "heights"), zip(*sizes)):
-        facts[name] = {"least": min(sides), "median": np.median(sides), "most": max(sides)}
+    for name in ("widths", "heights"):
+        sides = sorted(facts[name].elements())
+        facts[name] = {"least": sides[0], "median": sides[len(sides) // 2], "most": sides[-1]}
     for name, counts in facts.items():
-        print(f"{name:18}", *(f"{key} {count:,g} " for key, count in sorted(counts.items())))
+        print(f"{name:18}", *(f"{key} {count:,} " for key, count in sorted(counts.items())))
     for remark, offenders in wrong.items():
         print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
     return is_good
@@ -540,23 +537,24 @@ def cut_frame(path, out, rectify):
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
     try:
-        _, _, box, (x0, y0, x1, y1, x2, y2, x3, y3), indices, *_ = numbers
-        left, top, right, bottom = box
+        _, _, (left, top, right, bottom), corners, indices, *_ = numbers
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
+        if not rectify:
+            corners = (right, bottom, left, bottom, left, top, right, top)
+        x0, y0, x1, y1, x2, y2, x3, y3 = corners
     except (ValueError, IndexError):
         raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
-    is_inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
-    has_area = min(x0, x3) > max(x1, x2) and min(y0, y1) > max(y2, y3)
-    if not (PLATE.fullmatch(plate) and is_inside and has_area):
+    has_area = image.width >= min(x0, x3) > max(x1, x2) and image.height >= min(y0, y1) > max(
+        y2, y3
+    )
+    if not (PLATE.fullmatch(plate) and has_area):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
-    if rectify:
-        width = max(math.dist((x0, y0), (x1, y1)), math.dist((x2, y2), (x3, y3)))
-        height = max(math.dist((x0, y0), (x3, y3)), math.dist((x1, y1), (x2, y2)))
-        corners = (x2, y2, x1, y1, x0, y0, x3, y3)  # Pillow begins at the upper left one
-        image = image.transform((round(width), round(height)), Image.QUAD, corners, Image.BILINEAR)
-    else:
-        image = image.crop(box)
+    width = max(math.dist((x0, y0), (x1, y1)), math.dist((x2, y2), (x3, y3)))
+    height = max(math.dist((x0, y0), (x3, y3)), math.dist((x1, y1), (x2, y2)))
+    size = (round(width), round(height))
+    # Pillow begins at the upper left corner
+    image = image.transform(size, Image.QUAD, (x2, y2, x1, y1, x0, y0, x3, y3), Image.BILINEAR)
     out.mkdir(parents=True, exist_ok=True)
     stem = path.stem if path.suffix == ".jpg" else path.name  # a.jpg and a.png are two
     image.save(out / f"{stem}-{plate}.jpg", quality=95)
@@ -566,18 +564,11 @@ def crop(frames, out, rectify=False):
     """Cut the plates out of all CCPD photographs below `frames`, to out/.../FRAME-PLATE.jpg.
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
-
-    def cut(path):
-        try:
-            cut_frame(path, Path(out, path.relative_to(frames).parent), rectify)
-        except InputError as error:
-            return error
-
     paths = [path for path in list_images(frames) if not path.is_relative_to(out)]
-    if not paths:
-        raise InputError(f"{frames}: no photographs in it; name another folder")
+    folders = [Path(out, path.relative_to(frames).parent) for path in paths]
     with ThreadPoolExecutor() as pool:
-        errors = [error for error in pool.map(cut, paths) if error]
+        cut = pool.map(lambda *pair: attempt(cut_frame, *pair, rectify), paths, folders)
+        errors = [error for error in cut if error]
     warn("photographs skipped", errors)
     print(f"{out}: {len(paths) - len(errors):,} plates cut, {len(errors):,} skipped")
 

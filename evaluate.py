@@ -208,24 +208,29 @@ def wrong_reads(scores):
     return sorted(wrong, key=lambda result: -result.confidence)
 
 
-def print_scores(scores):
-    """The three metrics, where the errors are, and the confusions."""
+def describe(scores):
+    """The three metrics, where the errors are, and the confusions: a text of some lines."""
     low, high = scores["interval"]
     wrong = wrong_reads(scores)
-    print(scores["title"])
-    print("read with   ", scores["decoding"])
-    print(f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}")
-    print(f"CER          {scores['cer']:.5f}")
-    print(f"Levenshtein  {scores['levenshtein']:.4f}")
-    print(f"calibration  {scores['calibration_error']:.4f} expected error of the confidences")
+    lines = [
+        f"{scores['title']}",
+        f"read with    {scores['decoding']}, {scores['speed']:.0f} images/s",
+        f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
+        f"CER          {scores['cer']:.5f}",
+        f"Levenshtein  {scores['levenshtein']:.4f}",
+        f"calibration  {scores['calibration_error']:.4f} expected error of the confidences",
+    ]
     for name in ("position", "first", "training"):
         counts = scores[f"by_{name}"].items()
-        print(f"{name:12}", *(f"{key} {right / n:.4f} of {n} " for key, (right, n) in counts))
-    print("confusions  ", *(f"{a}-{b} {count} " for (a, b), count in scores["confusions"]))
-    print(f"errors       {len(wrong):,}")
+        lines.append(
+            "  ".join([f"{name:11}", *(f"{k} {a / n:.4f} of {n}" for k, (a, n) in counts)])
+        )
+    pairs = [f"{a}-{b} {count}" for (a, b), count in scores["confusions"]]
+    lines.append("  ".join(["confusions ", *pairs]))
+    lines.append(f"errors       {len(wrong):,}")
     for name, true, pred, confidence, _ in wrong[:5]:
-        print(f"  {data.printable(name)}  true {true}  read {pred}  confidence {confidence:.3f}")
-    print(f"speed        {scores['speed']:.0f} images/s")
+        lines.append(f"  {data.printable(name)}  true {true}  read {pred}  {confidence:.3f}")
+    return "\n".join(lines)
 
 
 def write_table(path, results):
@@ -255,16 +260,14 @@ def error_picture(result):
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>$title</title>
+<title>Report</title>
 <style>
 body { font: 16px sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }
-img, svg { max-width: 100% }
+pre { white-space: pre-wrap } img, svg { max-width: 100% }
 td { padding: 2px 12px 2px 0; overflow-wrap: anywhere }
 </style>
-<h1>$title</h1>
-<table>$scores</table>
+<pre>$scores</pre>
 $charts
-<h2>The commonest confusions</h2><table>$confusions</table>
 <h2>Errors, the most confident first</h2><table>$errors</table>
 """)
 
@@ -282,25 +285,21 @@ def chart(title, points):
     )
 
 
-def table_rows(rows):
-    """Rows of cells as HTML."""
-    return "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
-
-
 def write_report(folder, scores):
     """Write folder/report.html, predictions.csv and errors.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "predictions.csv", scores["reads"])
-    wrong = wrong_reads(scores)[:500]
-    pictures = [error_picture(result) for result in wrong]
-    errors = []
-    for result, picture in zip(wrong, pictures):
+    rows = []
+    pictures = []
+    for result in wrong_reads(scores)[:500]:
         file = io.BytesIO()
-        picture.save(file, "png")
-        image = f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+        pictures.append(error_picture(result))
+        pictures[-1].save(file, "png")
+        image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         name, true, pred = map(html.escape, result[:3])
-        errors.append((image, f"{true}<br>{pred}<br>{result.confidence:.4f}", name))
+        texts = f"{true}<br>{pred}<br>{result.confidence:.4f}"
+        rows.append(f'<tr><td><img src="{image}"><td>{texts}<td>{name}\n')
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
     if pictures:
         plates.sheet(pictures[:64]).save(folder / "errors.png")
@@ -310,14 +309,8 @@ def write_report(folder, scores):
         points = [(row["images"], row[key], "") for row in scores["history"] if key in row]
         if points:
             charts.append(chart(f"{key} by images seen, from 0 to 1", points))
-    names = ("accuracy", "interval", "cer", "levenshtein", "calibration_error")
-    page = PAGE.substitute(
-        title=html.escape(scores["title"]),
-        scores=table_rows((key, scores[key]) for key in (*names, "by_position", "by_first")),
-        charts="".join(charts),
-        confusions=table_rows((f"{a} read as {b}", n) for (a, b), n in scores["confusions"]),
-        errors=table_rows(errors),
-    )
+    text = html.escape(describe(scores))
+    page = PAGE.substitute(scores=text, charts="".join(charts), errors="".join(rows))
     data.write_file(folder / "report.html", page.encode("utf8", "replace"))
     print(f"report       {(folder / 'report.html').resolve().as_uri()}")
 
@@ -339,7 +332,7 @@ def main(argv=None):
                 data.check_output(path, suffix)
         reading = (args.device, args.precision, args.grammar, args.adapt)
         scores = evaluate(args.checkpoint, args.data, args.split, *reading)
-        print_scores(scores)
+        print(describe(scores))
         if args.report:
             write_report(args.report, scores)
         if args.csv:

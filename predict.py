@@ -28,7 +28,7 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +135,7 @@ def read_all(network, sources, precision, patterns, top, adapt, batch_size):
                     break
                 if isinstance(source, np.ndarray):
                     source = source.copy()  # a camera may fill it again
-                waiting.append(pool.submit(data.load_or_error, source, size))
+                waiting.append(pool.submit(data.attempt, data.load_image, source, size))
             images = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
             good = [image for image in images if isinstance(image, torch.Tensor)]
             answers = iter(())
@@ -163,30 +163,32 @@ def adapt_to_place(reads, rounds=20):
     candidates of each image, and is the mean of these posteriors (label shift; Saerens, Latinne
     and Decaestecker, 2002). The confidence becomes the adapted posterior."""
     reads = list(reads)
-    pairs = [(k, *pair) for k, read in enumerate(reads) for pair in read.alternatives]
-    image = torch.tensor([k for k, _, _ in pairs], dtype=torch.int64)
-    probability = torch.tensor([share for _, _, share in pairs])
-    side = len(data.ALPHABET)
-    # a city is the second character, given the first; a read that is no plate has none
-    codes = [[data.ALPHABET.index(char) for char in text[:2]] for _, text, _ in pairs]
-    city = torch.tensor([sum(code) + (side - 1) * sum(code[:1]) for code in codes]).long()
-    sums = torch.zeros(len(reads))
-    rest = 1 - sums.index_add(0, image, probability)  # of all strings that are no candidates
-    counts = torch.zeros(side, side)
+    cities = Counter()  # the expected number of plates that begin with these two characters
     for _ in range(rounds):
-        in_province = counts.sum(1, keepdim=True)
-        # as if each province had been seen half a time before, and each city two times
-        provinces = (in_province + 0.5) / (counts.sum() / 31 + 0.5)
-        cities = (counts + 2) / (in_province / 24 + 2)
-        weights = probability * (provinces * cities).flatten()[city]
-        posterior = weights / (rest + sums.index_add(0, image, weights))[image]
-        counts = torch.zeros(side**2).index_add(0, city, posterior).view(side, side)
-    answers = [[] for _ in reads]
-    for (k, text, _), share in zip(pairs, posterior.tolist()):
-        answers[k].append((text, share))
-    for read, some in zip(reads, answers):
-        some.sort(key=lambda pair: -pair[1])
-        yield Read(*some[0], some, "") if some else read
+        last = cities
+        cities = Counter()
+        provinces = Counter()
+        for city, number in last.items():
+            provinces[city[:1]] += number
+        total = sum(provinces.values())
+        adapted = []
+        for read in reads:
+            weights = {}
+            for text, probability in read.alternatives:
+                # as if each province had been seen half a time before, and each city two times
+                in_province = provinces[text[:1]]
+                province = (in_province + 0.5) / (total / len(data.PROVINCES) + 0.5)
+                city = (last[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
+                weights[text] = probability * province * city
+            # all strings that are no candidates keep their weight
+            rest = 1 - sum(probability for _, probability in read.alternatives)
+            norm = rest + sum(weights.values())
+            pairs = sorted(weights.items(), key=lambda pair: -pair[1])
+            pairs = [(text, weight / norm) for text, weight in pairs]
+            for text, share in pairs:
+                cities[text[:2]] += share
+            adapted.append(Read(*pairs[0], pairs, "") if pairs else read)
+    return adapted
 
 
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False, batch_size=None):

@@ -66,7 +66,7 @@ MISFITS = [
 MISTAKES = {
     "not a checkpoint": "predict half.pth photo.jpg; evaluate trap.pth; train --init photo.jpg",
     "no such file": "predict absent.pth photo.jpg; predict a.jfif; train --alphabet absent.txt",
-    "not a readable image": "predict zero.jpg",
+    "no readable path": "predict zero.jpg",
     "name a new file": "predict photo.jpg --export x.xyz; "
     "predict photo.png --explain photo.png; evaluate --csv reader.pth; train --out photo.jpg; "
     "evaluate --json no/x.json; plates show photo.jpg; train --out empty; train --out no/x.pth",
@@ -78,7 +78,6 @@ MISTAKES = {
     "has no folder 'other'": "evaluate --data plates --split other",
     "further down": "train --data almost; evaluate --data almost",
     "no images there": "predict empty; predict",
-    "no photographs": "data crop empty out",
     "none can be read": "evaluate --data broken",
     "no crop there can be read": f"{FAST} --data broken --synthetic 0",
     "holds no characters": "train --alphabet empty.txt",
@@ -246,7 +245,7 @@ class TestData:
         red = np.array([[[255, 0, 0]]], np.uint8)
         assert data.load_image(red, (1, 1)).flatten().tolist() == [255, 0, 0]
         for odd in (None, 3, np.zeros((4, 4, 7), np.uint8), np.zeros((4, 4, 3)), b"no image"):
-            with pytest.raises(data.InputError, match="give a path|not a readable image"):
+            with pytest.raises(data.InputError, match="no readable path"):
                 data.open_image(odd)
 
     def test_a_fault_of_the_program_shows_its_traceback(self, files, monkeypatch):
@@ -329,9 +328,9 @@ class TestData:
         Path("IMG-1.jpg").touch()
         run("data crop . out")
         for _ in range(2):  # its own crops are no photographs, those of before are replaced
-            run(f"data crop . out {option}", "2 plates cut, 4 skipped")
+            run(f"data crop . out {option}", "3 plates cut, 3 skipped")
         paths, texts = data.find_crops("out")
-        assert sorted(texts) == ["云BD12345", "皖AY339S"]
+        assert {"云BD12345", "皖AY339S"} == set(texts)
         error = (data.load_image(paths[0], (140, 440)).float() - plate).abs().mean()
         assert (error < 25) == bool(option)
 
@@ -471,7 +470,7 @@ class TestReading:
             (read,) = predict.read(network, one, "fp32")
             assert read.plate == reads[0]
         (read,) = predict.read(network, None)
-        assert read.error.startswith("NoneType")
+        assert read.error.startswith("NoneType: no readable")
 
     def test_a_source_that_fails_gives_its_reads_first(self, files):
         network = predict.load()
@@ -502,7 +501,7 @@ class TestReading:
         assert first.plate == "皖A11111" and first.confidence > 0.8
         assert second.plate == "浙B22222" and second.confidence > 0.9
         assert third == failed
-        alone = next(predict.adapt_to_place([blurred]))
+        (alone,) = predict.adapt_to_place([blurred])
         assert alone.plate == "浙A11111"
         assert list(predict.adapt_to_place([])) == []
 
@@ -683,12 +682,12 @@ class TestTraining:
             assert Path(f"{out}.pth.bak").read_text() == "old"
         del forward
         crnn.load_checkpoint("b.pth")
-        run(f"{command} --out b.pth --resume --seed 3", "--seed changed", fails=True)
+        run(f"{command} --out b.pth --resume --seed 3", "(seed)", fails=True)
         run(f"{command} --out a.pth --resume", "has ended", fails=True)
         shutil.copy(
             "plates/train/" + os.listdir("plates/train")[0], "plates/train/new-皖A99998.jpg"
         )
-        run(f"{command} --out b.pth --resume --val 0.2", "the crops changed", fails=True)
+        run(f"{command} --out b.pth --resume", "(data)", fails=True)
         os.remove("plates/train/new-皖A99998.jpg")
         run(f"{command} --out b.pth --resume", "resumed after epoch")
         a, b = (torch.load(f"{name}.pth", weights_only=True) for name in "ab")
@@ -706,7 +705,7 @@ class TestTraining:
         with mock.patch.object(train, "validate", side_effect=[validate, other_run]) as both:
             both.side_effect = lambda *a: (other_run if both.call_count == 2 else validate)(*a)
             run(f"{TUNE} --epochs 2", "two runs write it", fails=True)
-        assert torch.load("ckpt.pth.bak2") == {"other": 1}
+        assert torch.load("ckpt.pth.bak.bak") == {"other": 1}
 
     def test_a_loss_that_is_not_finite_ends_the_run(self, files, run):
         with mock.patch.object(crnn.F, "ctc_loss", side_effect=lambda x, *_: x.sum() * math.nan):

@@ -13,7 +13,6 @@ the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt.p
 
 import argparse
 import io
-import itertools
 import math
 import os
 import signal
@@ -41,7 +40,8 @@ SMALL = {
     "batch_size": 64,
     "lr": 2e-3,
     "weight_decay": 0.02,
-    "optimizer": "adamw",
+    "optimizer": "AdamW",
+    "amsgrad": False,
     "warmup": 300,  # steps
     "decay": True,  # the learning rate falls to 0
     "clip": 5.0,  # max gradient norm
@@ -58,7 +58,8 @@ NOTEBOOK = {
     "batch_size": 128,
     "lr": 3e-4,
     "weight_decay": 1e-4,
-    "optimizer": "adam-amsgrad",
+    "optimizer": "Adam",
+    "amsgrad": True,
     "warmup": 0,
     "decay": False,
     "clip": math.inf,
@@ -79,16 +80,17 @@ def parse_arguments(argv):
     parser = data.make_parser("train.py", __doc__)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
+    count = data.number(int, 1, 10**6)
     share = data.number(float, 0, 1)
     add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
-    add("--model", choices=list(RECIPES), default="small", help="network and recipe")
-    add("--rnn", choices=list(crnn.RECURRENT), default="lstm", help="recurrent layer")
+    add("--model", choices=RECIPES, default="small", help="network and recipe")
+    add("--rnn", choices=crnn.RECURRENT, default="lstm", help="recurrent layer")
     add("--bidirectional", action=switch, help="read both ways (default: only small)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: 32 128; notebook 96 448)")
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
-    add("--epochs", type=data.number(int, 1, 10**6), help="(default: 32; notebook 5)")
-    add("--batch-size", type=data.number(int, 2, 10**6), help="per process (default: 64 or 128)")
+    add("--epochs", type=count, help="(default: 32; notebook 5)")
+    add("--batch-size", type=count, help="per process (default: 64; notebook 128)")
     add("--lr", type=data.number(float, 1e-9, 1e9), help="peak (default: 2e-3; notebook 3e-4)")
     add("--weight-decay", type=share, help="(default: 0.02; notebook 1e-4)")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops; notebook 0)")
@@ -98,24 +100,20 @@ def parse_arguments(argv):
     add("--init", metavar="CKPT", help="start from these weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     data.machine_options(add)
+    args = parser.parse_args(argv)
+    config = crnn.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # a second time, now that we know whose defaults they are
+    parser.set_defaults(**RECIPES[config["model"]] | config)
     args = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[args.model])
-    if args.init:
-        _, content = crnn.load_checkpoint(args.init)
-        parser.set_defaults(**RECIPES[content["config"]["model"]] | content["config"])
-    args = parser.parse_args(argv)
-    if args.init:
-        for name in CONFIG:
-            if vars(args)[name] != content["config"][name]:
-                raise data.InputError(f"{args.init}: has another --{name}; drop yours")
+    for name in config:
+        if vars(args)[name] != config[name]:
+            raise data.InputError(f"{args.init}: has another --{name}; drop yours")
     rows, columns = crnn.NETWORKS[args.model].multiples
     height, width = args.size
-    if height not in range(rows, 513, rows) or width not in range(64, 2049, columns):
-        sizes = f"multiples of {rows} x {columns}, from {rows} x 64 to 512 x 2048"
+    if height % rows or width % columns or height < rows or width < 64:
+        sizes = f"multiples of {rows} and {columns}, at least {rows} x 64"
         raise data.InputError(f"--size {height} {width}: give {sizes}")
-    if args.data:
-        args.data = os.path.abspath(args.data)  # evaluation may run in another folder
+    args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
 
@@ -135,7 +133,7 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
-    can_draw = plates is not None and set(data.ALPHABET) <= set(args.alphabet)
+    can_draw = plates and set(data.ALPHABET) <= set(args.alphabet)
     share = args.synthetic if num_crops else 1.0
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
@@ -161,22 +159,19 @@ def province_prior(texts, alphabet):
 
 def validate(network, images, texts, precision):
     """The scores of greedy reads of the validation set, and their mean loss, as a dict."""
+    alphabet = network.config["alphabet"]
     logits = crnn.predict_logits(network, images, precision)
-    scores = evaluate.metrics(texts, crnn.greedy_decode(logits, network.config["alphabet"]))
-    return scores | {"val_loss": crnn.ctc_loss(logits, texts, network.config["alphabet"]).item()}
-
-
-def free_name(path):
-    """A name beside `path` that no file has: ckpt.pth.bak, then ckpt.pth.bak2, ..."""
-    names = (f"{path}.bak{k}" for k in itertools.chain([""], itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+    scores = evaluate.metrics(texts, crnn.greedy_decode(logits, alphabet))
+    return {**scores, "val_loss": crnn.ctc_loss(logits, texts, alphabet).item()}
 
 
 def train(args):
     """The whole run. Raises data.InputError or OSError with one sentence the user can act on."""
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
+    start = time.time()
     device = crnn.pick_device(args.device)
+    precision = args.precision or crnn.pick_precision(device)
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -184,85 +179,36 @@ def train(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    precision = args.precision or crnn.pick_precision(device)
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
-    start = time.time()
 
-    def say(*words):
+    def say(line):
         if rank == 0:
-            print(*words, flush=True)
+            print(line, flush=True)
 
-    # 2) the network
+    # 2) the network, and what learns
     data.seed_all(args.seed)
     learnt = set()
+    network = crnn.build_network(**{name: vars(args)[name] for name in CONFIG})
     if args.init:
         network, content = crnn.load_checkpoint(args.init)
         learnt.update(content["learnt"].tolist())
-    else:
-        network = crnn.build_network(**{name: vars(args)[name] for name in CONFIG})
     network = network.to(device, memory_format=torch.channels_last)
     parallel = network
     if world_size > 1:
         parallel = torch.nn.parallel.DistributedDataParallel(network)
-
-    # 3) the crops, decoded once: to each process its share, and to the first one those held out
-    crops_learnt = []
-    held_out = []
-    if args.data:
-        pairs = zip(*data.find_crops(data.split_folder(args.data, "train"), args.alphabet))
-        too_long = []
-        for path, text in pairs:
-            if crnn.steps_needed(text) > network.steps:
-                too_long.append(path)
-            elif data.is_held_out(text, args.val):
-                held_out.append((path, text))
-            else:
-                crops_learnt.append((path, text))
-        data.warn("labels left out, too long for the time steps of the network", too_long)
-        if len(crops_learnt) < world_size:
-            raise data.InputError(f"{args.data}: too few crops to train on; add some")
-    texts = [text for _, text in crops_learnt]
-    learnt.update(map(data.hash_label, texts))
-    drawn = round(synthetic_share(len(texts), args) * args.batch_size)
-    drawn = min(drawn, args.batch_size - 1) if texts else drawn
-    num_crops = args.batch_size - drawn  # in a batch
-    steps = EPOCH_IMAGES / (args.batch_size * world_size)
-    steps = math.ceil(max(steps, len(texts) / (max(1, num_crops) * world_size)))
-    say(
-        f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
-        f"{device} {precision}, {world_size} process(es)\n"
-        f"training on {len(texts):,} crops, {drawn / args.batch_size:.0%} of the images drawn; "
-        f"{len(held_out):,} crops held out\n"
-        f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
+    optimizer = getattr(torch.optim, args.optimizer)(
+        network.parameters(),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        amsgrad=args.amsgrad,
+        fused=device.type != "mps",
     )
-    prior = torch.zeros(len(args.alphabet) + 1)
-    if args.prior and texts:
-        prior = province_prior(texts, args.alphabet)
-    is_crop = torch.arange(args.batch_size).unsqueeze(1) < num_crops
-    prior = (is_crop * prior).to(device)  # (B, C)
-    if texts:
-        crops, texts = data.load_crops(*zip(*crops_learnt[rank::world_size]), args.size)
-    val_images = [torch.empty(0, 3, *args.size, dtype=torch.uint8)]
-    val_texts = []
-    if rank == 0 and held_out:
-        images, val_texts = data.load_crops(*zip(*held_out), args.size)
-        val_images.append(images)
-    if rank == 0 and drawn:
-        images, new_texts = plates.fixed_plates(*plates.VALIDATION, args.size)
-        val_images.append(images)
-        val_texts = val_texts + new_texts
-    val_images = torch.cat(val_images)
-
-    # 4) what learns
-    options = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.optimizer == "adam-amsgrad":
-        optimizer = torch.optim.Adam(network.parameters(), amsgrad=True, **options)
-    else:
-        optimizer = torch.optim.AdamW(network.parameters(), fused=device.type != "mps", **options)
     # float16 loses small gradients, so the scaler enlarges the loss. In all precisions it skips
     # the steps with non-finite gradients, on the device, which need not be waited for.
-    scale = 2.0**16 if precision == "fp16" else 1.0
-    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=2000 if scale > 1 else 10**9)
+    is_fp16 = precision == "fp16"
+    scaler = torch.amp.GradScaler(
+        device.type, 2.0**16 if is_fp16 else 1.0, growth_interval=2000 if is_fp16 else 10**9
+    )
 
     def move(averaged, current, _):
         # the first weights are far off, so the average first forgets them fast
@@ -270,31 +216,65 @@ def train(args):
             torch._foreach_lerp_(averaged, current, max(1 / args.average, 9 / (9 + done)))
 
     ema = torch.optim.swa_utils.AveragedModel(network, device, multi_avg_fn=move, use_buffers=True)
+
+    # 3) the crops, decoded once: to each process its share, and to the first one those held out
+    crops = []
+    held_out = []
+    if args.data:
+        paths, texts = data.find_crops(data.split_folder(args.data, "train"), args.alphabet)
+        for path, text in zip(paths, texts):
+            is_long = crnn.steps_needed(text) > network.steps
+            data.warn("label is too long for the network's time steps, left out", [path] * is_long)
+            if not is_long:
+                (held_out if data.is_held_out(text, args.val) else crops).append((path, text))
+        if len(crops) < world_size:
+            raise data.InputError(f"{args.data}: too few crops to train on; add some")
+    all_texts = [text for _, text in crops]
+    learnt.update(map(data.hash_label, all_texts))
+    fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
+    drawn = round(synthetic_share(len(crops), args) * args.batch_size)
+    num_crops = max(args.batch_size - drawn, min(1, len(crops)))  # in a batch
+    drawn = args.batch_size - num_crops
+    steps = EPOCH_IMAGES / args.batch_size / world_size
+    steps = math.ceil(max(steps, len(crops) / max(1, num_crops) / world_size))
+    say(
+        f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
+        f"{device} {precision}, {world_size} process(es)\n"
+        f"training on {len(crops):,} crops, {drawn / args.batch_size:.0%} of the images drawn; "
+        f"{len(held_out):,} crops held out\n"
+        f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
+    )
+    prior = torch.zeros(args.batch_size, len(args.alphabet) + 1)
+    if args.prior:
+        prior[:num_crops] = province_prior(all_texts, args.alphabet)
+    prior = prior.to(device)
+    if crops:
+        crops, texts = data.load_crops(*zip(*crops[rank::world_size]), args.size)
+    validation = []
+    if rank == 0 and held_out:
+        validation.append(data.load_crops(*zip(*held_out), args.size))
+    if rank == 0 and drawn:
+        validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
+
+    # 4) resume
     epoch = done = 0  # whole epochs, steps
     best = [math.inf, math.inf]
     best_weights = {}
     history = []
     written = None  # when this run last wrote args.out
-
-    # 5) resume
-    fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
     if args.resume and os.path.lexists(args.out):
         content = crnn.load_checkpoint(args.out)[1]
-        state = content.get("resume")
-        if not state:
-            raise data.InputError(f"{args.out}: that run has ended; drop --resume")
-        changed = [name for name in vars(args) if content["args"].get(name) != vars(args)[name]]
-        changed = set(changed) - MAY_CHANGE
-        if changed or not torch.equal(content["learnt"], fingerprint):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed) or "the crops"
-            raise data.InputError(f"{args.out}: {flags} changed since; restore, or drop --resume")
-        network.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        changed = {name for name in vars(args) if content["args"][name] != vars(args)[name]}
+        if not torch.equal(content["learnt"], fingerprint):
+            changed.add("data")
+        if changed - MAY_CHANGE or "resume" not in content:
+            flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
+            raise data.InputError(f"{args.out}: is not this run ({flags}); drop --resume")
+        for part, state in zip((network, ema, optimizer, scaler), content["resume"]):
+            part.load_state_dict(state)
         history = content["history"]
+        best = content["best"]
         best_weights = content["model"]
-        best = state["best"]
         epoch = len(history)
         done = epoch * steps
         start -= 60 * history[-1]["minutes"]
@@ -304,14 +284,14 @@ def train(args):
     while epoch < args.epochs:
         network.train()
         data.seed_all(args.seed, epoch, rank)
-        if texts:  # each crop once, then each again
-            rounds = math.ceil(steps * num_crops / len(texts))
-            order = torch.cat([torch.randperm(len(texts)) for _ in range(rounds)])
+        rounds = math.ceil(steps * num_crops / max(1, len(crops)))
+        # each crop once, then each again
+        order = torch.cat([torch.randperm(len(crops)) for _ in range(max(1, rounds))])
         losses = []
         lap = time.time()
         lap_step = 0
         for step in range(1, steps + 1):
-            # 6) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
+            # 5) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
             # follows from its place in the run.
             data.seed_all(args.seed, epoch, step, rank)
             images = []
@@ -331,13 +311,13 @@ def train(args):
                 images.append(batch)
                 labels += new
 
-            # 7) forward: half precision for the network alone, the loss needs float32
+            # 6) forward: half precision for the network alone, the loss needs float32
             with crnn.autocast(device, precision):
                 # through DistributedDataParallel, which averages the gradients of all processes
                 logits = parallel(torch.cat(images))  # (T, B, C)
             loss = crnn.ctc_loss(logits + prior, labels, args.alphabet)
 
-            # 8) backward and step
+            # 7) backward and step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done, steps * args.epochs, args)
             optimizer.zero_grad(set_to_none=True)
@@ -350,7 +330,7 @@ def train(args):
             done += 1
             ema.update_parameters(network)
 
-            # 9) log. A number is asked for only here: a GPU goes on meanwhile.
+            # 8) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
             seconds = time.time() - lap
             if done == 10 or step % 100 == 0 or step == steps or seconds > 30:
@@ -366,24 +346,29 @@ def train(args):
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
                 if scores["cer"] == 1:
-                    say("  all reads are blank: CTC's normal first phase, about 10,000 images long")
+                    say("  all reads are blank: CTC's normal first phase, about 20,000 images long")
                 lap = time.time()
                 lap_step = step
 
-        # 10) validate the averaged weights, and keep the best
+        # 9) validate the averaged weights, and keep the best: the first process does
         epoch += 1
         if rank > 0:
             continue
-        minutes = (time.time() - start) / 60
-        row = {"epoch": epoch, "images": done * args.batch_size * world_size, "minutes": minutes}
-        row["loss"] = torch.stack(losses).nanmean().item()
+        row = {
+            "epoch": epoch,
+            "images": done * args.batch_size * world_size,
+            "minutes": (time.time() - start) / 60,
+            "loss": torch.stack(losses).nanmean().item(),
+        }
         score = [-epoch, 0.0]  # without a validation set the last weights are the best
         line = f"=== epoch {epoch:3}  loss {row['loss']:7.4f}  "
-        if val_texts:
-            row |= validate(ema.module.eval(), val_images, val_texts, precision)
+        if validation:
+            images = torch.cat([images for images, _ in validation])
+            labels = sum([labels for _, labels in validation], [])
+            row.update(validate(ema.module.eval(), images, labels, precision))
             score = [row["levenshtein"], row["val_loss"]]
             line += (
-                f"held out (greedy, {len(val_texts):,}): loss {row['val_loss']:.4f}  "
+                f"held out (greedy, {len(labels):,}): loss {row['val_loss']:.4f}  "
                 f"accuracy {row['accuracy']:.4f}  CER {row['cer']:.5f}  "
                 f"Levenshtein {row['levenshtein']:.4f}  "
             )
@@ -392,24 +377,24 @@ def train(args):
             best = score
             best_weights = {name: x.cpu().clone() for name, x in ema.module.state_dict().items()}
             line += "best so far  "
-        say(f"{line}{minutes:.1f} min")
+        say(f"{line}{row['minutes']:.1f} min")
         content = {
             "model": best_weights,
             "config": network.config,
             "args": vars(args),
             "history": history,
             "learnt": fingerprint,
+            "best": best,
         }
         if epoch < args.epochs:
-            content["resume"] = {
-                "model": network.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-            }
+            parts = (network, ema, optimizer, scaler)
+            content["resume"] = [part.state_dict() for part in parts]
+
+        # 10) save all of it in one file. One that another run wrote is kept.
         if os.path.lexists(args.out) and os.stat(args.out).st_mtime_ns != written:
-            earlier = free_name(args.out)
+            earlier = f"{args.out}.bak"
+            while os.path.lexists(earlier):
+                earlier += ".bak"
             os.replace(args.out, earlier)
             say(f"{args.out}: that of another run is now {earlier}")
             if written:
