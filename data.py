@@ -20,6 +20,7 @@ import re
 import struct
 import sys
 import tempfile
+import threading
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -98,13 +99,18 @@ def printable(path):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
+def say(*words, file=None):
+    """Print at once. Of the processes that torchrun starts, the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, file=file, flush=True)
+
+
 def warn(why, paths):
     """Warn of `paths`, if there are any, naming the first five."""
-    # torchrun starts many processes, of which the first one speaks
-    if paths and os.environ.get("RANK", "0") == "0":
+    if paths:
         names = ", ".join(printable(path) for path in paths[:5])
         dots = ", ..." * (len(paths) > 5)
-        print(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
+        say(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -130,18 +136,20 @@ def one_sentence():
             raise
 
 
-def check_output(path, suffix, source=""):
+def check_output(path, suffix, inputs=()):
     """Raise InputError, before any work is done, unless a file `path` can be written.
 
-    It must end in `suffix` and not be `source`, so that no photograph is written over."""
-    path = Path(path)
-    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir() or path == Path(source):
+    It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
+    path = Path(path).resolve()
+    is_file = path.suffix == suffix and path.parent.is_dir() and not path.is_dir()
+    if not is_file or path in [Path(source).resolve() for source in inputs]:
         raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder there is")
 
 
 def write_file(path, content):
     """Write bytes to a file: the whole of them, or the old file stays. Raises InputError."""
-    partial = Path(f"{path}.{os.getpid()}.part")  # a name that no other process uses
+    # a name that no other process and no other thread uses
+    partial = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -565,6 +573,8 @@ def crop(frames, out, rectify=False):
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = [path for path in list_images(frames) if not path.is_relative_to(out)]
+    if not paths:
+        raise InputError(f"{frames}: no photographs in it, outside {out}; name another folder")
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]
     with ThreadPoolExecutor() as pool:
         cut = pool.map(lambda *pair: attempt(cut_frame, *pair, rectify), paths, folders)

@@ -162,7 +162,7 @@ def evaluate(
     config = network.config
     chosen = choose_images(root, split, config["alphabet"], config["size"], content)
     sources, texts, title = chosen
-    start = time.time()
+    start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
     network = crnn.fold_norms(network)
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
@@ -185,7 +185,7 @@ def evaluate(
     return scores | {
         "title": f"{len(results):,} {title}, read by {checkpoint}",
         "decoding": f"{device} {precision}, {decoding}{', adapted to the place' * adapt}",
-        "speed": len(results) / (time.time() - start),
+        "speed": len(results) / max(1e-9, time.perf_counter() - start),
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
         "by_confidence": count_right(zip(bins, rights)),
@@ -213,7 +213,7 @@ def describe(scores):
     low, high = scores["interval"]
     wrong = wrong_reads(scores)
     lines = [
-        f"{scores['title']}",
+        data.printable(scores["title"]),
         f"read with    {scores['decoding']}, {scores['speed']:.0f} images/s",
         f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
         f"CER          {scores['cer']:.5f}",
@@ -259,7 +259,7 @@ def error_picture(result):
 
 
 PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="zh"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Report</title>
 <style>
 body { font: 16px sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }

@@ -27,6 +27,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ import model as crnn
 
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 SURE = 0.8  # a read less probable than this gets two more views
+STARTING = threading.Lock()
 SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 
 # ---------------------------------------------------------------------------------------
@@ -52,8 +54,8 @@ SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 class Read(NamedTuple):
     """What was read from one image."""
 
-    plate: str  # "" if there is an error, or no character was found
-    confidence: float  # the probability of `plate`, in [0, 1]; if unsure, the mean of three views
+    plate: str  # "" if there is an error; an image without a plate gets some plate as well
+    confidence: float  # its probability, in [0, 1]; if unsure, the mean of three views
     alternatives: list  # [(plate, confidence), ...], the likeliest first: the read itself
     error: str  # "" unless the image could not be read
 
@@ -115,40 +117,59 @@ def read_images(get_logits, images, alphabet, patterns, top=1, adapt=False):
     return answers
 
 
-def read_all(network, sources, precision, patterns, top, adapt, batch_size):
-    """Yield a Read with all its candidates for each of `sources`, see read()."""
-    size = network.config["size"]
-    batch_size = batch_size or crnn.images_at_once(network)
-    precision = precision or crnn.pick_precision(network.fc.weight.device)
+def read_batch(sources, network, precision, patterns, top, adapt):
+    """A Read with all its candidates for each of a list of sources, see read()."""
     get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
+    config = network.config
+    loaded = [data.attempt(data.load_image, source, config["size"]) for source in sources]
+    images = [image for image in loaded if isinstance(image, torch.Tensor)]
+    answers = []
+    if images:
+        stack = torch.stack(images)
+        answers = read_images(get_logits, stack, config["alphabet"], patterns, top, adapt)
+    reads = [Read(*pairs[0], pairs, "") for pairs in answers]
+    for k, image in enumerate(loaded):
+        if isinstance(image, data.InputError):
+            reads.insert(k, Read("", 0.0, [], str(image)))
+    return reads
+
+
+def start_workers(count):
+    """Threads that compute with one core each, so that none waits for another's share of a batch.
+
+    torch keeps a number of threads for itself, and one for each thread: the former is as before."""
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    with STARTING:
+        threads = torch.get_num_threads()
+        together = threading.Barrier(count)  # so that each starts
+        list(pool.map(lambda _: together.wait(), range(count)))
+        torch.set_num_threads(threads)
+    return pool
+
+
+def read_all(sources, batch_size, network, *options):
+    """Yield the reads of read_batch, in order. Each worker takes its own batch.
+
+    If `sources` raises an error, the reads of what it gave before come first."""
+    count = torch.get_num_threads() if network.fc.weight.device.type == "cpu" else 1
+    pool = start_workers(count)
     sources = iter(sources)
-    ended = None  # by StopIteration, or by another error of the source
-    waiting = deque()  # images that are being decoded: while a batch is read, so is the next one
-    pool = ThreadPoolExecutor()
+    ended = None  # by StopIteration, or by another error
+    waiting = deque()
     try:
         while waiting or not ended:
-            while not ended and len(waiting) < batch_size + (batch_size > 1) * batch_size:
+            batch = []
+            while not ended and len(batch) < batch_size:
                 try:
                     source = next(sources)
+                    # a camera may fill its array again
+                    batch.append(source.copy() if isinstance(source, np.ndarray) else source)
                 except Exception as error:
                     ended = error
-                    break
-                if isinstance(source, np.ndarray):
-                    source = source.copy()  # a camera may fill it again
-                waiting.append(pool.submit(data.attempt, data.load_image, source, size))
-            images = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
-            good = [image for image in images if isinstance(image, torch.Tensor)]
-            answers = iter(())
-            if good:
-                alphabet = network.config["alphabet"]
-                answers = read_images(get_logits, torch.stack(good), alphabet, patterns, top, adapt)
-                answers = iter(answers)
-            for image in images:
-                if isinstance(image, torch.Tensor):
-                    pairs = next(answers)
-                    yield Read(*pairs[0], pairs, "")
-                else:
-                    yield Read("", 0.0, [], str(image))
+            if batch:
+                waiting.append(pool.submit(read_batch, batch, network, *options))
+            if waiting and (ended or len(waiting) > count):
+                yield from waiting.popleft().result()
         if not isinstance(ended, StopIteration):
             raise ended
     finally:
@@ -195,20 +216,23 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     """An iterator over a Read for each of `sources`, in order.
 
     sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
-    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. Up to two batches are
-    taken before the first answer; for a live camera call next(read(network, frame)) each frame.
+    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
+    core is taken before the first answer; for a live camera call next(read(network, frame)).
 
     precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
     plate_patterns. top: how many alternatives to give. adapt: see adapt_to_place; a read then
     depends on all the others, and the first comes after the last image. batch_size: images read
     together (default: what the device does best)."""
-    one = (str, os.PathLike, bytes, Image.Image, type(None))
-    if isinstance(sources, one) or isinstance(sources, np.ndarray) and sources.ndim < 4:
-        sources = [sources]
+    precision = precision or crnn.pick_precision(network.fc.weight.device)
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
-    reads = read_all(network, sources, precision, patterns, top, adapt, batch_size)
+    options = (network, precision, patterns, top, adapt)
+    one = (str, os.PathLike, bytes, Image.Image, type(None))
+    if isinstance(sources, one) or isinstance(sources, np.ndarray) and sources.ndim < 4:
+        reads = read_batch([sources], *options)
+    else:
+        reads = read_all(sources, batch_size or crnn.images_at_once(network), *options)
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 
@@ -233,7 +257,7 @@ def explain(network, path, out, precision=None, grammar=None):
     likeliest class ("-" is blank) and how likely it is, and the best strings."""
     from assets import plates
 
-    data.check_output(out, ".png", path)
+    data.check_output(out, ".png", [path])
     alphabet = network.config["alphabet"]
     precision = precision or crnn.pick_precision(network.fc.weight.device)
     get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
@@ -310,17 +334,19 @@ def main(argv=None):
     reading_options(add)
     with data.one_sentence():
         args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-        named = args.paths[:1] if "".join(args.paths[:1]).endswith(".pth") else []
-        checkpoint = (named or [READER])[0]
-        paths = list(find_images(args.paths[len(named) :]))
+        is_named = args.paths and args.paths[0].endswith(".pth")
+        checkpoint = args.paths.pop(0) if is_named else READER
+        paths = list(find_images(args.paths))
         if args.export:
             export(load(checkpoint, "cpu"), args.export)
-        elif not paths:
+            if not paths:
+                return
+        if not paths:
             raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
         network = load(checkpoint, args.device)
         if args.explain:
             explain(network, paths[0], args.explain, args.precision, args.grammar)
-        start = time.time()
+        start = time.perf_counter()
         failures = 0
         reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
         for number, (path, result) in enumerate(zip(paths, reads)):
@@ -333,7 +359,7 @@ def main(argv=None):
             if args.label:
                 keep(path, result, args.label, number, args.above)
         good = len(paths) - failures
-        speed = good / (time.time() - start)
+        speed = good / max(1e-9, time.perf_counter() - start)
         print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
         if failures:
             sys.exit(1)

@@ -169,7 +169,7 @@ def train(args):
     """The whole run. Raises data.InputError or OSError with one sentence the user can act on."""
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
-    start = time.time()
+    start = time.perf_counter()
     device = crnn.pick_device(args.device)
     precision = args.precision or crnn.pick_precision(device)
     rank = int(os.environ.get("RANK", 0))
@@ -180,10 +180,6 @@ def train(args):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
-
-    def say(line):
-        if rank == 0:
-            print(line, flush=True)
 
     # 2) the network, and what learns
     data.seed_all(args.seed)
@@ -237,7 +233,7 @@ def train(args):
     drawn = args.batch_size - num_crops
     steps = EPOCH_IMAGES / args.batch_size / world_size
     steps = math.ceil(max(steps, len(crops) / max(1, num_crops) / world_size))
-    say(
+    data.say(
         f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
         f"{device} {precision}, {world_size} process(es)\n"
         f"training on {len(crops):,} crops, {drawn / args.batch_size:.0%} of the images drawn; "
@@ -279,7 +275,7 @@ def train(args):
         done = epoch * steps
         start -= 60 * history[-1]["minutes"]
         written = os.stat(args.out).st_mtime_ns
-        say(f"resumed after epoch {epoch}")
+        data.say(f"resumed after epoch {epoch}")
 
     while epoch < args.epochs:
         network.train()
@@ -288,7 +284,7 @@ def train(args):
         # each crop once, then each again
         order = torch.cat([torch.randperm(len(crops)) for _ in range(max(1, rounds))])
         losses = []
-        lap = time.time()
+        lap = time.perf_counter()
         lap_step = 0
         for step in range(1, steps + 1):
             # 5) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
@@ -332,22 +328,24 @@ def train(args):
 
             # 8) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
-            seconds = time.time() - lap
+            seconds = max(1e-9, time.perf_counter() - lap)
             if done == 10 or step % 100 == 0 or step == steps or seconds > 30:
                 recent = torch.stack(losses[lap_step:])
                 if not recent.isfinite().any():
                     raise data.InputError("the loss is not finite; lower --lr and --resume")
                 scores = evaluate.metrics(labels, crnn.greedy_decode(logits, args.alphabet))
                 speed = (step - lap_step) / seconds
-                say(
+                data.say(
                     f"epoch {epoch + 1} step {step:5,}  loss {recent.nanmean():6.3f}  "
                     f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
                 if scores["cer"] == 1:
-                    say("  all reads are blank: CTC's normal first phase, about 20,000 images long")
-                lap = time.time()
+                    data.say(
+                        "  all reads are blank: CTC's normal first phase, about 20,000 images long"
+                    )
+                lap = time.perf_counter()
                 lap_step = step
 
         # 9) validate the averaged weights, and keep the best: the first process does
@@ -357,7 +355,7 @@ def train(args):
         row = {
             "epoch": epoch,
             "images": done * args.batch_size * world_size,
-            "minutes": (time.time() - start) / 60,
+            "minutes": (time.perf_counter() - start) / 60,
             "loss": torch.stack(losses).nanmean().item(),
         }
         score = [-epoch, 0.0]  # without a validation set the last weights are the best
@@ -377,7 +375,7 @@ def train(args):
             best = score
             best_weights = {name: x.cpu().clone() for name, x in ema.module.state_dict().items()}
             line += "best so far  "
-        say(f"{line}{row['minutes']:.1f} min")
+        data.say(f"{line}{row['minutes']:.1f} min")
         content = {
             "model": best_weights,
             "config": network.config,
@@ -396,14 +394,14 @@ def train(args):
             while os.path.lexists(earlier):
                 earlier += ".bak"
             os.replace(args.out, earlier)
-            say(f"{args.out}: that of another run is now {earlier}")
+            data.say(f"{args.out}: that of another run is now {earlier}")
             if written:
                 raise data.InputError(f"{args.out}: two runs write it; give one another --out")
         file = io.BytesIO()
         torch.save(content, file)
         data.write_file(args.out, file.getvalue())
         written = os.stat(args.out).st_mtime_ns
-    say(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
+    data.say(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
 
 
 def main(argv=None):
@@ -412,7 +410,7 @@ def main(argv=None):
         try:
             train(args)
         except KeyboardInterrupt:
-            print(f"\nstopped; --resume goes on after the last whole epoch in {args.out}")
+            data.say(f"\nstopped; --resume goes on after the last whole epoch in {args.out}")
             raise
         finally:
             if dist.is_initialized():

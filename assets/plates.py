@@ -93,6 +93,11 @@ def on_device(values, device):
     return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
+def per_image(count, channels=1):
+    """A number in [0, 1] for each image, or for each of its channels: (count, channels, 1, 1)."""
+    return rand(count, channels, 1, 1)
+
+
 def random_text(patterns, practice):
     """A random string of one of the patterns; every province is equally likely.
 
@@ -115,11 +120,10 @@ def stamp(plate, mask, x, y, colour, mm):
 def draw_surroundings(count, mm):
     """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
     size = (round((HEIGHT + 2 * RIM) * mm), round((WIDTH + 2 * RIM) * mm))
-    blotches = rand(count, 1, 2, 14) - 0.5
-    blotches = F.interpolate(blotches, size, mode=random.choice(["bilinear", "nearest"]))
-    grey, brightness, contrast = rand(3, count, 1, 1, 1)
-    colour = grey - 0.25 + 0.5 * rand(count, 3, 1, 1)
-    return colour * brightness + (0.3 + 0.7 * contrast) * blotches
+    mode = random.choice(["bilinear", "nearest"])
+    blotches = F.interpolate(rand(count, 1, 2, 14) - 0.5, size, mode=mode)
+    colour = per_image(count) - 0.25 + 0.5 * per_image(count, 3)
+    return colour * per_image(count) + (0.3 + 0.7 * per_image(count)) * blotches
 
 
 def draw_background(plate, plate_type, ink, mm):
@@ -127,14 +131,14 @@ def draw_background(plate, plate_type, ink, mm):
     some plates."""
     count, _, height, _ = plate.shape
     darkest, brightest = on_device(plate_type.ground, plate.device).view(2, 3, 1, 1)
-    ground = darkest + (brightest - darkest) * rand(count, 3, 1, 1)
-    fade = plate_type.fade * rand(count, 1, 1, 1).sqrt() * linspace(1, 0, height).view(-1, 1)
+    ground = darkest + (brightest - darkest) * per_image(count, 3)
+    fade = plate_type.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
     ground = (ground + (0.9 - ground) * fade).expand_as(plate)
     plate.copy_(ground)
     edge = round(random.uniform(3, 6) * mm)
     inner = edge + max(1, round(random.uniform(2, 5.5) * mm))
     line = plate[:, :, edge:-edge, edge:-edge]
-    line.lerp_(ink.expand_as(line), rand(count, 1, 1, 1) ** 0.25)
+    line.lerp_(ink.expand_as(line), per_image(count) ** 0.25)
     plate[:, :, inner:-inner, inner:-inner] = ground[:, :, inner:-inner, inner:-inner]
 
 
@@ -156,7 +160,7 @@ def draw_characters(plate, plate_type, texts, ink, glyphs, mm):
         stamp(plate, mask, x, random.uniform(23.5, 26.5), ink, mm)
     side = max(2, round(10 * mm))
     gap = (sum(plate_type.boxes[1]) + plate_type.boxes[2][0]) / 2
-    dot = rand(len(texts), 1, 1, 1).expand(-1, 1, side, side)
+    dot = per_image(len(texts)).expand(-1, 1, side, side)
     stamp(plate, dot, gap - 5, 65, ink, mm)
 
 
@@ -167,8 +171,8 @@ def draw_screws(plate, mm):
     x = linspace(-1, 1, max(3, round(size * mm)))
     disc = (1.3 - x**2 - x.view(-1, 1) ** 2).clamp(0, 1)  # with a soft edge
     for hole, lower in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (False, True)):
-        is_there = rand(count, 1, 1, 1) < 0.4
-        colour = rand(count, 1, 1, 1) * (1 - 0.4 * rand(count, 3, 1, 1))
+        is_there = per_image(count) < 0.4
+        colour = per_image(count) * (1 - 0.4 * per_image(count, 3))
         y = random.uniform(2, 14)
         y = HEIGHT - size - y if lower else y
         stamp(plate, disc * is_there, hole + random.uniform(-18, 2), y, colour, mm)
@@ -182,8 +186,8 @@ def paint(plate_type, texts, glyphs):
     rim = round(RIM * mm)
     plate = canvas[:, :, rim:-rim, rim:-rim]  # a view: what is drawn on it is on the canvas
     darkest, brightest = plate_type.ink
-    ink = darkest + (brightest - darkest) * rand(count, 1, 1, 1)
-    ink = ink - 0.05 + 0.1 * rand(count, 3, 1, 1)
+    ink = darkest + (brightest - darkest) * per_image(count)
+    ink = ink - 0.05 + 0.1 * per_image(count, 3)
     draw_background(plate, plate_type, ink, mm)
     draw_characters(plate, plate_type, texts, ink, glyphs, mm)
     draw_screws(plate, mm)
@@ -254,13 +258,14 @@ def sheet(pictures, columns=4):
 
 def show(out, folder=None, augmented=False):
     """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
-    data.check_output(out, ".png")
     size = (48, 192)
     images, texts = fixed_plates(24, "show", size)
+    paths = []
     if folder:
-        crops = list(zip(*data.find_crops(data.split_folder(folder, "train"))))
-        crops = random.Random(0).sample(crops, min(24, len(crops)))
+        paths, texts = data.find_crops(data.split_folder(folder, "train"))
+        crops = random.Random(0).sample(list(zip(paths, texts)), min(24, len(paths)))
         images, texts = data.load_crops(*zip(*crops), size)
+    data.check_output(out, ".png", paths)
     if augmented:
         images = data.camera(images, size, data.CROP_STRENGTH)
     pairs = [(to_pil_image(image), text_picture(text, 22)) for image, text in zip(images, texts)]
