@@ -127,7 +127,7 @@ def one_sentence():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         sys.exit(f"error: {printable(error)}")
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -386,10 +386,10 @@ def warp(images, size, strength, extent):
     # in the photograph x is x + shear * y, and y is y + tilt * x; the box grows with both
     box_x = (1 + shear.abs()) * linspace(-1, 1, 2)  # (B, 1, 2)
     box_y = (1 + tilt.abs()) * linspace(-1, 1, 2).view(2, 1)  # (B, 2, 1)
-    # the box is from 8% wider and 15% higher than the plate to 16% narrower and 31% lower
+    # the box is from 5% wider and 10% higher than the plate to 9% narrower and 31% lower
     tight_x, tight_y = rand(2, count, 1, 1)
-    zoom_x = 1 + strength * (0.27 * tight_x**2 - 0.08)
-    zoom_y = 1 + strength * (0.60 * tight_y - 0.15)
+    zoom_x = 1 + strength * (0.15 * tight_x - 0.05)
+    zoom_y = 1 + strength * (0.55 * tight_y - 0.10)
     # from the corners of the box back to the plate, (B, 2, 2); all move, and each by itself
     corner_x, corner_y = strength * randn(2, count, 2, 2)
     x = (box_x - shear * box_y) / zoom_x + 0.04 * (move_x + corner_x)
@@ -432,8 +432,8 @@ def blur(images, strength):
 
     The kernel is a Gaussian, longer along the line, less the halo of sharpening."""
     pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
-    across = 0.15 + pixels * 2.2 * random.random() ** 4
-    along = across + pixels * 4.5 * random.random() ** 5
+    across = 0.15 + pixels * (0.6 * random.random() ** 3 + 1.6 * random.random() ** 10)
+    along = across + pixels * 3.5 * random.random() ** 10
     angle = random.uniform(0, math.pi)
     reach = math.ceil(max(3, 2 * along))
     x = torch.arange(-reach, reach + 1.0)
@@ -443,7 +443,7 @@ def blur(images, strength):
     # a Gaussian, a point and a wider Gaussian, each of sum 1
     squares = torch.stack((u**2 + v**2, 200 * (x**2 + y**2), (x**2 + y**2) / 1.5))
     lens, point, wide = (-squares / 2).flatten(1).softmax(1).view_as(squares)
-    kernel = lens + strength * random.random() ** 2 * (point - wide)
+    kernel = lens + 1.6 * strength * random.random() ** 2 * (point - wide)
     images = F.pad(images, 4 * [reach], mode="replicate")
     return F.conv2d(images, kernel.expand(3, 1, -1, -1), groups=3)
 
@@ -451,7 +451,7 @@ def blur(images, strength):
 def photograph(images, size, strength, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
     # each side has fewer pixels by itself; then the network's input size is an enlargement
-    sensor = [round(side * (1 - 0.68 * strength * random.random() ** 2)) for side in size]
+    sensor = [round(side * (1 - 0.55 * strength * random.random() ** 2)) for side in size]
     # some programs shrink a picture without smoothing it first, which leaves jagged strokes
     is_smooth = random.random() < 0.5
     images = warp(images, size if is_smooth else sensor, strength, extent)

@@ -135,11 +135,12 @@ def choose_images(root, split, alphabet, size, content):
     if not (root or learnt_from):
         images, texts = plates.fixed_plates(*plates.TEST, size)
         return list(images.permute(0, 2, 3, 1).numpy()), texts, "drawn plates"
-    folder = data.split_folder(os.path.realpath(root or learnt_from), split)
+    folder = data.split_folder(root or learnt_from, split)
     paths, texts = data.find_crops(folder, alphabet)
     is_training_set = False
     if split != "train" and learnt_from and os.path.isdir(learnt_from):
-        is_training_set = data.split_folder(learnt_from, "train") in (folder, *folder.parents)
+        train_folder = data.split_folder(learnt_from, "train")
+        is_training_set = folder.resolve().is_relative_to(train_folder)
     if not is_training_set:
         return paths, texts, f"images of {folder}"
     learnt = content["learnt"].tolist()
@@ -312,7 +313,6 @@ def write_report(folder, scores):
     text = html.escape(describe(scores))
     page = PAGE.substitute(scores=text, charts="".join(charts), errors="".join(rows))
     data.write_file(folder / "report.html", page.encode("utf8", "replace"))
-    print(f"report       {(folder / 'report.html').resolve().as_uri()}")
 
 
 def main(argv=None):
@@ -335,6 +335,7 @@ def main(argv=None):
         print(describe(scores))
         if args.report:
             write_report(args.report, scores)
+            print("report      ", Path(args.report, "report.html").resolve().as_uri())
         if args.csv:
             write_table(args.csv, scores["reads"])
         if args.json:

@@ -349,7 +349,7 @@ def is_config(model, alphabet, size, rnn, bidirectional, hidden):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of train.py: (network in eval mode, all that the file holds).
+    """A checkpoint of train.py: (network in eval mode, all that the file holds or should hold).
 
     Files of strangers are safe: they cannot run code, nor take more memory than their own size.
     Raises CheckpointError with one sentence."""
@@ -375,4 +375,5 @@ def load_checkpoint(path, device="cpu"):
     except RuntimeError:
         raise broken from None
     network = network.to(device, torch.float32, memory_format=torch.channels_last)
-    return network.eval(), content
+    extras = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
+    return network.eval(), {**extras, **content}

@@ -184,6 +184,8 @@ def adapt_to_place(reads, rounds=20):
     candidates of each image, and is the mean of these posteriors (label shift; Saerens, Latinne
     and Decaestecker, 2002). The confidence becomes the adapted posterior."""
     reads = list(reads)
+    if len(reads) < 5:  # of which nobody can tell what is common
+        return reads
     cities = Counter()  # the expected number of plates that begin with these two characters
     for _ in range(rounds):
         last = cities
@@ -308,7 +310,9 @@ def reading_options(add):
     """Add the options of every script that reads with a checkpoint."""
     switch = argparse.BooleanOptionalAction
     add("--grammar", action=switch, help="read only plates (default: not for other alphabets)")
-    add("--adapt", action="store_true", help="all images are of one place: each helps to read all")
+    add(
+        "--adapt", action="store_true", help="5 images or more of one place: each helps to read all"
+    )
     data.machine_options(add)
 
 

@@ -173,9 +173,9 @@ def draw_screws(plate, mm):
     for hole, lower in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (False, True)):
         is_there = per_image(count) < 0.4
         colour = per_image(count) * (1 - 0.4 * per_image(count, 3))
-        y = random.uniform(2, 14)
+        y = random.uniform(2, 9)
         y = HEIGHT - size - y if lower else y
-        stamp(plate, disc * is_there, hole + random.uniform(-18, 2), y, colour, mm)
+        stamp(plate, disc * is_there, hole - size / 2 + random.uniform(-8, 8), y, colour, mm)
 
 
 def paint(plate_type, texts, glyphs):
