@@ -7,11 +7,11 @@ plate.png     one drawn plate
 reads.png     drawn plates, and what the model reads
 ctc.png       how it reads one of them
 
-The checkpoint of the repository comes from two runs on drawn plates: 32 epochs of an earlier camera, and
-from there `python train.py --init ckpt.pth --epochs 48 --seed 1` with a camera that is out of focus
-more often than the present one. In data.py, blur(): across = 0.15 + pixels * 2.2 * random.random() ** 4,
-along = across + pixels * 4.5 * random.random() ** 5, and no 1.6; photograph(): 0.68 in place of 0.55;
-warp(): 0.27 * tight_x**2 - 0.08 and 0.60 * tight_y - 0.15.
+The repository's checkpoint comes from two runs on drawn plates: 32 epochs with an earlier
+camera, and from there `python train.py --init ckpt.pth --epochs 48 --seed 1` with a camera that
+is out of focus more often than the present one. In data.py, blur(): across = 0.15 + pixels *
+2.2 * r**4, along = across + pixels * 4.5 * r**5, r being random.random(), and no 1.6;
+photograph(): 0.68 in place of 0.55; warp(): 0.27 * tight_x**2 - 0.08 and 0.60 * tight_y - 0.15.
 """
 
 import io
