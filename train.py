@@ -341,7 +341,7 @@ def train(args):
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
-                if scores["cer"] > 0.9:
+                if 0.9 < scores["cer"] <= 1:
                     data.say("  nearly all is blank: CTC's normal first phase, some 20,000 images")
                 lap = time.perf_counter()
                 lap_step = step
