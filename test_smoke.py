@@ -95,7 +95,7 @@ def originals(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("originals"))
     os.symlink(HERE / "assets", "assets")
     os.symlink("assets/reader.pth", "ckpt.pth")
-    for name in ("plates", "DIR", "CCPD2019-dl1", "bad"):
+    for name in ("plates", "DIR", "CCPD2019-dl1", "named", "bad"):
         plates.render(name, 60, 0)
     for path in list(Path("DIR").rglob("*.jpg")):  # also for an alphabet without provinces
         path.rename(f"{path.with_suffix('')}-{path.stem[-6:]}.jpg")
@@ -376,17 +376,17 @@ class TestCommands:
         images = plates.fixed_plates(6, 9, SIZE)[0]
         for k, image in enumerate([*images, torch.zeros(3, *SIZE)]):
             to_pil_image(image).save(f"empty/{k}.png")
-        run("predict empty --label named --above 0.5 --adapt", "7 read")
-        named = [path.stem for path in Path("named").glob("*.png")]
-        assert 2 < len(named) == 7 - len(os.listdir("named/unsure")) < 7
-        assert sorted(data.find_crops("named")[1]) == sorted(name[7:] for name in named)
+        run("predict empty --label fresh --above 0.5 --adapt", "7 read")
+        fresh = [path.stem for path in Path("fresh").glob("*.png")]
+        assert 2 < len(fresh) == 7 - len(os.listdir("fresh/unsure")) < 7
+        assert sorted(data.find_crops("fresh")[1]) == sorted(name[7:] for name in fresh)
         run("predict crop.jpg --explain ctc.png --export model.pt2", "model.pt2: written")
         assert Image.open("ctc.png").width >= 32 * 28
         assert b"\\u7696" in Path("model.pt2").read_bytes()  # 皖 in JSON, so the alphabet
         answer = torch.export.load("model.pt2").module()(images)
         assert torch.allclose(answer, crnn.predict_logits(predict.load(), images), atol=1e-3)
 
-    def test_odd_images_are_read_or_named(self, run):
+    def test_odd_images_are_read_or_fresh(self, run):
         os.makedirs("odd/folder.jpg")
         os.symlink(os.path.realpath("odd"), "odd/folder.jpg/loop")
         os.symlink("nowhere.jpg", "odd/link.jpg")
