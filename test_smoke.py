@@ -386,7 +386,7 @@ class TestCommands:
         answer = torch.export.load("model.pt2").module()(images)
         assert torch.allclose(answer, crnn.predict_logits(predict.load(), images), atol=1e-3)
 
-    def test_odd_images_are_read_or_fresh(self, run):
+    def test_odd_images_are_read_or_named(self, run):
         os.makedirs("odd/folder.jpg")
         os.symlink(os.path.realpath("odd"), "odd/folder.jpg/loop")
         os.symlink("nowhere.jpg", "odd/link.jpg")
