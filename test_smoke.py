@@ -188,6 +188,7 @@ class TestParts:
         assert random.random() == random.Random(1).random()
         assert torch.equal(plates.fixed_plates(70, 5, SIZE)[0][:64], images[:64])
         assert not torch.equal(plates.fixed_plates(64, 6, SIZE)[0], images[:64])
+        assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
         assert near((440 / 480, 140 / 180)) == plates.EXTENT  # the rest is the car around it
         assert {text[0] for text in texts} == set(data.PROVINCES) and {*map(len, texts)} == {7, 8}
         assert all(crnn.is_plate(text, PATTERNS) for text in texts)
