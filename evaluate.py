@@ -83,6 +83,11 @@ def count_right(pairs):
     return {key: (right[key], total[key]) for key in sorted(total)}
 
 
+def confidence_bin(confidence):
+    """Which tenth of [0, 1] a confidence lies in: 0 to 9."""
+    return min(9, int(10 * confidence))
+
+
 def calibration_error(confidences, rights):
     """How far confidences are from the share of reads that are right, in [0, 1].
 
@@ -91,7 +96,7 @@ def calibration_error(confidences, rights):
     excess = Counter()
     for confidence, is_right in zip(confidences, rights):
         # summed over a bin this is its confidences less its right reads
-        excess[min(9, int(10 * confidence))] += confidence - is_right
+        excess[confidence_bin(confidence)] += confidence - is_right
     return sum(map(abs, excess.values())) / max(1, len(rights))
 
 
@@ -129,9 +134,9 @@ class Results(list):
         return f"<{len(self)} reads>"
 
 
-def choose_images(root, split, alphabet, size, content):
-    """What to score: (sources, true strings, what they are). content: of the checkpoint."""
-    learnt_from = content["args"]["data"]
+def choose_images(root, split, alphabet, size, learnt_from, learnt):
+    """What to score: (sources, true strings, what they are). learnt_from: the folder that the
+    network learnt from, or None; learnt: the hashes of these labels."""
     if not (root or learnt_from):
         images, texts = plates.fixed_plates(*plates.TEST, size)
         return list(images.permute(0, 2, 3, 1).numpy()), texts, "drawn plates"
@@ -143,7 +148,6 @@ def choose_images(root, split, alphabet, size, content):
         is_training_set = folder.resolve().is_relative_to(train_folder)
     if not is_training_set:
         return paths, texts, f"images of {folder}"
-    learnt = content["learnt"].tolist()
     crops = [crop for crop in zip(paths, texts) if data.hash_label(crop[1]) not in learnt]
     if not crops:
         raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
@@ -161,8 +165,11 @@ def evaluate(
     precision = precision or crnn.pick_precision(device)
     network, content = crnn.load_checkpoint(checkpoint, device)
     config = network.config
-    chosen = choose_images(root, split, config["alphabet"], config["size"], content)
-    sources, texts, title = chosen
+    learnt_from = content["args"]["data"]
+    learnt = set(content["learnt"].tolist())
+    sources, texts, title = choose_images(
+        root, split, config["alphabet"], config["size"], learnt_from, learnt
+    )
     start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
     network = crnn.fold_norms(network)
@@ -177,9 +184,8 @@ def evaluate(
         raise data.InputError(f"{title}: none can be read; check the files")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
-    learnt = set(content["learnt"].tolist())
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    bins = [min(9, int(10 * confidence)) for confidence in confidences]
+    bins = map(confidence_bin, confidences)
     has_grammar = bool(predict.plate_patterns(network, grammar))
     decoding = "best plate, three views if unsure" if has_grammar else "greedy"
     scores = metrics(trues, preds)

@@ -184,10 +184,11 @@ def train(args):
     # 2) the network, and what learns
     data.seed_all(args.seed)
     learnt = set()
-    network = crnn.build_network(**{name: vars(args)[name] for name in CONFIG})
     if args.init:
         network, content = crnn.load_checkpoint(args.init)
         learnt.update(content["learnt"].tolist())
+    else:
+        network = crnn.build_network(**{name: vars(args)[name] for name in CONFIG})
     network = network.to(device, memory_format=torch.channels_last)
     parallel = network
     if world_size > 1:
@@ -218,11 +219,13 @@ def train(args):
     held_out = []
     if args.data:
         paths, texts = data.find_crops(data.split_folder(args.data, "train"), args.alphabet)
+        too_long = []
         for path, text in zip(paths, texts):
-            is_long = crnn.steps_needed(text) > network.steps
-            data.warn("label is too long for the network's time steps, left out", [path] * is_long)
-            if not is_long:
+            if crnn.steps_needed(text) > network.steps:
+                too_long.append(path)
+            else:
                 (held_out if data.is_held_out(text, args.val) else crops).append((path, text))
+        data.warn("labels left out, too long for the network's time steps", too_long)
         if len(crops) < world_size:
             raise data.InputError(f"{args.data}: too few crops to train on; add some")
     all_texts = [text for _, text in crops]
@@ -251,6 +254,9 @@ def train(args):
         validation.append(data.load_crops(*zip(*held_out), args.size))
     if rank == 0 and drawn:
         validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
+    if validation:
+        val_images = torch.cat([images for images, _ in validation])
+        val_texts = sum([texts for _, texts in validation], [])
 
     # 4) resume
     epoch = done = 0  # whole epochs, steps
@@ -359,12 +365,10 @@ def train(args):
         score = [-epoch, 0.0]  # without a validation set the last weights are the best
         line = f"=== epoch {epoch:3}  loss {row['loss']:7.4f}  "
         if validation:
-            images = torch.cat([images for images, _ in validation])
-            labels = sum([labels for _, labels in validation], [])
-            row.update(validate(ema.module.eval(), images, labels, precision))
+            row.update(validate(ema.module.eval(), val_images, val_texts, precision))
             score = [row["levenshtein"], row["val_loss"]]
             line += (
-                f"held out (greedy, {len(labels):,}): loss {row['val_loss']:.4f}  "
+                f"held out (greedy, {len(val_texts):,}): loss {row['val_loss']:.4f}  "
                 f"accuracy {row['accuracy']:.4f}  CER {row['cer']:.5f}  "
                 f"Levenshtein {row['levenshtein']:.4f}  "
             )

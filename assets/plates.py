@@ -259,13 +259,15 @@ def sheet(pictures, columns=4):
 def show(out, folder=None, augmented=False):
     """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
     size = (48, 192)
-    images, texts = fixed_plates(24, "show", size)
-    paths = []
+    crops = []
     if folder:
-        paths, texts = data.find_crops(data.split_folder(folder, "train"))
-        crops = random.Random(0).sample(list(zip(paths, texts)), min(24, len(paths)))
+        crops = list(zip(*data.find_crops(data.split_folder(folder, "train"))))
+    data.check_output(out, ".png", [path for path, _ in crops])
+    if crops:
+        crops = random.Random(0).sample(crops, min(24, len(crops)))
         images, texts = data.load_crops(*zip(*crops), size)
-    data.check_output(out, ".png", paths)
+    else:
+        images, texts = fixed_plates(24, "show", size)
     if augmented:
         images = data.camera(images, size, data.CROP_STRENGTH)
     pairs = [(to_pil_image(image), text_picture(text, 22)) for image, text in zip(images, texts)]
