@@ -11,6 +11,7 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -307,7 +308,7 @@ def open_image(source):
         raise InputError(f"{name}: {what} ({printable(error)[:100]})") from None
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we stretch
         pixels = np.nan_to_num(np.asarray(image, np.float64))
-        pixels = 255 * (pixels - pixels.min()) / max(1e-9, np.ptp(pixels))
+        pixels = np.interp(pixels, (pixels.min(), pixels.max()), (0, 255))
         image = Image.fromarray(pixels.astype(np.uint8))
     return image.convert("RGB")
 
@@ -320,11 +321,17 @@ def load_image(source, size):
 
 
 def attempt(function, *arguments):
-    """What the function returns, or the InputError that it raises: for threads."""
+    """What the function returns, or the InputError that it raises."""
     try:
         return function(*arguments)
     except InputError as error:
         return error
+
+
+def in_threads(function, *lists):
+    """Yield in order what attempt(function, ...) gives for the elements of the lists."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(functools.partial(attempt, function), *lists)
 
 
 def load_crops(paths, texts, size):
@@ -332,18 +339,15 @@ def load_crops(paths, texts, size):
 
     stderr names the others. Raises InputError if none can be read."""
     # in a temporary file: what memory the system has is its cache, and nothing is left over
-    shape = (len(paths), 3, *size)
     with tempfile.TemporaryFile() as file:
-        crops = np.memmap(file, np.uint8, "w+", shape=shape)
+        crops = np.memmap(file, np.uint8, "w+", shape=(len(paths), 3, *size))
     kept = []
     errors = []
-    with ThreadPoolExecutor() as pool:
-        for text, image in zip(
-            texts, pool.map(lambda path: attempt(load_image, path, size), paths)
-        ):
-            if isinstance(image, InputError):
-                errors.append(image)
-                continue
+    images = in_threads(functools.partial(load_image, size=size), paths)
+    for text, image in zip(texts, images):
+        if isinstance(image, InputError):
+            errors.append(image)
+        else:
             crops[len(kept)] = image
             kept.append(text)
     warn("files left out", errors)
@@ -374,63 +378,54 @@ def lying_on(device):
     return contextlib.nullcontext() if device.type == "cpu" else device
 
 
+def pair(x, y):
+    """A number along x and another along y, as a tensor (2, 1, 1) on the device in use."""
+    return linspace(x, y, 2).view(2, 1, 1)
+
+
 def warp(images, size, strength, extent):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
     We look for the corners of the picture on the plate, which is [-1, 1] both ways. The plate
     hangs at an angle, and a detector cut it out by the box around it, or nearly so."""
     count = len(images)
-    shear, tilt, move_x, move_y = strength * randn(4, count, 1, 1)
-    shear = 0.06 * shear
-    tilt = 0.3 * tilt
-    # in the photograph x is x + shear * y, and y is y + tilt * x; the box grows with both
-    box_x = (1 + shear.abs()) * linspace(-1, 1, 2)  # (B, 1, 2)
-    box_y = (1 + tilt.abs()) * linspace(-1, 1, 2).view(2, 1)  # (B, 2, 1)
+    ends = linspace(-1, 1, 2)
+    corners = torch.stack(torch.meshgrid(ends, ends, indexing="xy"))  # (2, 2, 2): x, then y
+    # in the photograph x is x + slant * y, and y is y + slant * x; the box grows with both
+    slant = strength * pair(0.06, 0.3) * randn(count, 2, 1, 1)
+    box = (1 + slant.abs()) * corners  # (B, 2, 2, 2)
     # the box is from 5% wider and 10% higher than the plate to 9% narrower and 31% lower
-    tight_x, tight_y = rand(2, count, 1, 1)
-    zoom_x = 1 + strength * (0.15 * tight_x - 0.05)
-    zoom_y = 1 + strength * (0.55 * tight_y - 0.10)
-    # from the corners of the box back to the plate, (B, 2, 2); all move, and each by itself
-    corner_x, corner_y = strength * randn(2, count, 2, 2)
-    x = (box_x - shear * box_y) / zoom_x + 0.04 * (move_x + corner_x)
-    y = (box_y - tilt * box_x) / zoom_y + 0.04 * (move_y + corner_y)
-    corners = torch.stack((extent[0] * x, extent[1] * y), 1)  # (B, 2, 2, 2)
+    zoom = 1 + strength * (pair(0.15, 0.55) * rand(count, 2, 1, 1) - pair(0.05, 0.10))
+    # all corners move, and each by itself
+    move = 0.04 * strength * (randn(count, 2, 1, 1) + randn(count, 2, 2, 2))
+    # from the corners of the box back to the plate
+    corners = pair(*extent) * ((box - slant * box.flip(1)) / zoom + move)
     grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
     # every stroke is a little out of place, so that the network cannot overfit to exact shapes
-    bend = randn(count, 2, 6, 20) * rand(count, 1, 1, 1)
-    bend = bend * strength * linspace(0.010, 0.025, 2).view(2, 1, 1)  # along x, along y
+    bend = strength * pair(0.010, 0.025) * rand(count, 1, 1, 1) * randn(count, 2, 6, 20)
     grid = grid + F.interpolate(bend, size, mode="bilinear")
     grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def relight(images, strength):
-    """Light and colour: exposure, the camera's own colours, a slope of light, glare and haze."""
-    count, _, height, width = images.shape
-    exposure, slope_x, slope_y = strength * randn(3, count, 1, 1, 1)
-    glare, spot_x, spot_y, haze, greyness = rand(5, count, 1, 1, 1)
-    tint = strength * randn(count, 3, 1, 1)
-    images = images * (0.45 * exposure + 0.25 * tint).exp()
+    """Light and colour: the camera's own colours, exposure, uneven light with glare, and haze."""
+    count = len(images)
     # all cameras see colour in their own way, and a few see little of it
-    grey = images.mean(1, keepdim=True).expand_as(images)
-    images = images.lerp(grey, strength * greyness**2)
-    mix = torch.eye(3) + 0.15 * strength * randn(count, 3, 3)
-    images = (mix @ images.flatten(2)).view_as(images)
-    x = linspace(-1, 1, width)
-    y = linspace(-1, 1, height).view(-1, 1)
-    slope = (1 + 0.3 * (slope_x * x + slope_y * y)).clamp(min=0.2)
-    # a bright spot with soft edges, on half of the pictures
-    distance = (2 * x + 2 - 4 * spot_x) ** 2 + (y + 1 - 2 * spot_y) ** 2
-    glare = strength * (1.2 * glare - 0.6).clamp(min=0)
-    images = images * slope + glare * (-2 * distance).exp()
-    haze_colour = rand(count, 3, 1, 1).expand_as(images)
-    return images.lerp(haze_colour, 0.5 * strength * haze**4).clamp(0, 1)
+    grey = torch.full((3, 3), 1 / 3)
+    mix = torch.eye(3).lerp(grey, strength * rand(count, 1, 1) ** 2)
+    mix = mix + 0.15 * strength * randn(count, 3, 3)
+    exposure = strength * (0.45 * randn(count, 1, 1) + 0.25 * randn(count, 1, 3))
+    images = (mix * exposure.exp() @ images.flatten(2)).view_as(images)
+    # a smooth field of light, which burns out where it is brightest
+    light = F.interpolate(randn(count, 1, 2, 3), images.shape[2:], mode="bilinear")
+    images = images * (0.3 * strength * light).exp() + strength * (0.5 * light - 0.5).clamp(min=0)
+    haze = 0.5 * strength * rand(count, 1, 1, 1) ** 4
+    return images.lerp(rand(count, 3, 1, 1), haze).clamp(0, 1)
 
 
 def blur(images, strength):
-    """The lens: out of focus, moved along a line while it was open, and sharpened in the camera.
-
-    The kernel is a Gaussian, longer along the line, less the halo of sharpening."""
+    """The lens: out of focus, moved along a line while it was open, and sharpened in the camera."""
     pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
     across = 0.15 + pixels * (0.6 * random.random() ** 3 + 1.6 * random.random() ** 10)
     along = across + pixels * 3.5 * random.random() ** 10
@@ -440,12 +435,13 @@ def blur(images, strength):
     y = x.view(-1, 1)
     u = (x * math.cos(angle) + y * math.sin(angle)) / along
     v = (y * math.cos(angle) - x * math.sin(angle)) / across
-    # a Gaussian, a point and a wider Gaussian, each of sum 1
-    squares = torch.stack((u**2 + v**2, 200 * (x**2 + y**2), (x**2 + y**2) / 1.5))
-    lens, point, wide = (-squares / 2).flatten(1).softmax(1).view_as(squares)
-    kernel = lens + 1.6 * strength * random.random() ** 2 * (point - wide)
-    images = F.pad(images, 4 * [reach], mode="replicate")
-    return F.conv2d(images, kernel.expand(3, 1, -1, -1), groups=3)
+    # a Gaussian of sum 1, longer along the line
+    kernel = (-(u**2) - v**2).div(2).flatten().softmax(0).view_as(u)
+    padded = F.pad(images, 4 * [reach], mode="replicate")
+    blurred = F.conv2d(padded, kernel.expand(3, 1, -1, -1), groups=3)
+    # what differs from the surroundings is sharpened, which leaves a halo
+    halo = images - F.avg_pool2d(images, 5, 1, 2, count_include_pad=False)
+    return blurred + 1.4 * strength * random.random() ** 2 * halo
 
 
 def photograph(images, size, strength, extent):
@@ -456,8 +452,7 @@ def photograph(images, size, strength, extent):
     is_smooth = random.random() < 0.5
     images = warp(images, size if is_smooth else sensor, strength, extent)
     images = blur(relight(images, strength), strength)
-    if is_smooth:
-        images = F.interpolate(images, sensor, mode="bilinear", antialias=True)
+    images = F.interpolate(images, sensor, mode="bilinear", antialias=True)
     noise = 0.05 * strength * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
     if random.random() < 0.6 * strength:
@@ -497,35 +492,31 @@ def audit(folder, alphabet=ALPHABET):
     splits = defaultdict(list)
     wrong = defaultdict(list)
     first = {}
-    with ThreadPoolExecutor() as pool:
-        for path, look in zip(paths, pool.map(lambda path: attempt(look_at_file, path), paths)):
-            text, remark = parse_label(path, alphabet)
-            if text:
-                # DIR/train/part1/x.jpg belongs to train
-                splits["".join(path.relative_to(folder).parts[:-1][:1]).lower()].append(text)
-            if remark:
-                wrong[remark].append(path)
-            if isinstance(look, InputError):
-                wrong["files that cannot be read"].append(look)
-            elif first.setdefault(look, path) != path:
-                wrong["copies"].append(f"{path} is {first[look]}")
+    for path, look in zip(paths, in_threads(look_at_file, paths)):
+        text, remark = parse_label(path, alphabet)
+        if text:
+            # DIR/train/part1/x.jpg belongs to train
+            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
+        if remark:
+            wrong[remark].append(path)
+        if isinstance(look, InputError):
+            wrong["files that cannot be read"].append(look)
+        elif first.setdefault(look, path) != path:
+            wrong["copies"].append(f"{path} is {first[look]}")
     is_good = set(wrong) <= {REPAIRED, SHORTENED, "copies"}
     wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
     texts = sum(splits.values(), [])
+    counts = Counter("".join(texts))
     facts = {
         "images": {split: len(some) for split, some in splits.items()},
-        "lengths": Counter(map(len, texts)),
-        "characters": Counter("".join(texts)),
-        "first characters": Counter(text[0] for text in texts),
-        "never seen": dict.fromkeys(set(alphabet) - set("".join(texts)), 0),
-        "widths": Counter(width for width, _, _ in first),
-        "heights": Counter(height for _, height, _ in first),
+        "lengths": dict(Counter(map(len, texts))),
+        "characters": {char: counts[char] for char in alphabet},  # 0 for one that is never seen
     }
-    for name in ("widths", "heights"):
-        sides = sorted(facts[name].elements())
-        facts[name] = {"least": sides[0], "median": sides[len(sides) // 2], "most": sides[-1]}
-    for name, counts in facts.items():
-        print(f"{name:18}", *(f"{key} {count:,} " for key, count in sorted(counts.items())))
+    # the least, the median and the largest
+    sizes = np.quantile(list(first) or [(0, 0, 0)], (0, 0.5, 1), axis=0).T.tolist()
+    facts["widths"], facts["heights"], _ = sizes
+    for fact in facts.items():
+        print(*fact)
     for remark, offenders in wrong.items():
         print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
     return is_good
@@ -553,19 +544,15 @@ def cut_frame(path, out, rectify):
     except (ValueError, IndexError):
         raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
-    has_area = image.width >= min(x0, x3) > max(x1, x2) and image.height >= min(y0, y1) > max(
-        y2, y3
-    )
-    if not (PLATE.fullmatch(plate) and has_area):
+    has_width = image.width >= min(x0, x3) > max(x1, x2)
+    has_height = image.height >= min(y0, y1) > max(y2, y3)
+    if not (PLATE.fullmatch(plate) and has_width and has_height):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
-    width = max(math.dist((x0, y0), (x1, y1)), math.dist((x2, y2), (x3, y3)))
-    height = max(math.dist((x0, y0), (x3, y3)), math.dist((x1, y1), (x2, y2)))
-    size = (round(width), round(height))
+    size = (max(x0, x3) - min(x1, x2), max(y0, y1) - min(y2, y3))
     # Pillow begins at the upper left corner
     image = image.transform(size, Image.QUAD, (x2, y2, x1, y1, x0, y0, x3, y3), Image.BILINEAR)
     out.mkdir(parents=True, exist_ok=True)
-    stem = path.stem if path.suffix == ".jpg" else path.name  # a.jpg and a.png are two
-    image.save(out / f"{stem}-{plate}.jpg", quality=95)
+    image.save(out / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
 
 
 def crop(frames, out, rectify=False):
@@ -576,28 +563,25 @@ def crop(frames, out, rectify=False):
     if not paths:
         raise InputError(f"{frames}: no photographs in it, outside {out}; name another folder")
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]
-    with ThreadPoolExecutor() as pool:
-        cut = pool.map(lambda *pair: attempt(cut_frame, *pair, rectify), paths, folders)
-        errors = [error for error in cut if error]
+    cut = functools.partial(cut_frame, rectify=rectify)
+    errors = [error for error in in_threads(cut, paths, folders) if error]
     warn("photographs skipped", errors)
     print(f"{out}: {len(paths) - len(errors):,} plates cut, {len(errors):,} skipped")
 
 
 def main(argv=None):
     parser = make_parser("data.py", __doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("audit")
-    command.set_defaults(tool=audit)
-    command.add_argument("folder", help="a folder of crops")
-    command.add_argument("--alphabet", type=read_alphabet, default=ALPHABET, help="or a .txt of it")
-    command = commands.add_parser("crop")
-    command.set_defaults(tool=crop)
-    command.add_argument("frames", help="the folder of photographs")
-    command.add_argument("out", help="the folder to write to")
-    command.add_argument("--rectify", action="store_true", help="pull the four corners straight")
+    add = parser.add_argument
+    add("command", choices=["audit", "crop"])
+    add("folder", help="crops to audit, or the photographs to cut them out of")
+    add("out", nargs="?", default="crops", help="the folder to write crops to (%(default)s)")
+    add("--alphabet", type=read_alphabet, default=ALPHABET, help="of the labels, or a .txt of it")
+    add("--rectify", action="store_true", help="pull the four corners of a plate straight")
     with one_sentence():
-        options = vars(parser.parse_args(argv))
-        if options.pop("tool")(**options) is False:
+        args = parser.parse_args(argv)
+        if args.command == "crop":
+            crop(args.folder, args.out, args.rectify)
+        elif not audit(args.folder, args.alphabet):
             sys.exit(1)
 
 

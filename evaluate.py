@@ -19,13 +19,12 @@ import time
 from collections import Counter
 from difflib import SequenceMatcher
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 from torchvision.transforms.functional import to_pil_image
 
 import data
-import model as crnn
+import model
 import predict
 
 try:
@@ -52,15 +51,15 @@ def levenshtein(a, b):
 
 
 def metrics(trues, preds):
-    """The three scores of a list of reads, as a dict.
+    """The three scores of one read or more, as a dict.
 
     accuracy: the share of strings read without any error, in [0, 1]. cer: the character error
     rate, all edits over all true characters, in [0, inf). levenshtein: the edits per string."""
     edits = sum(map(levenshtein, preds, trues))
     return {
-        "accuracy": sum(map(str.__eq__, trues, preds)) / max(1, len(trues)),
-        "cer": edits / max(1, sum(map(len, trues))),
-        "levenshtein": edits / max(1, len(trues)),
+        "accuracy": sum(map(str.__eq__, trues, preds)) / len(trues),
+        "cer": edits / sum(map(len, trues)),
+        "levenshtein": edits / len(trues),
     }
 
 
@@ -77,15 +76,12 @@ def wilson(share, n):
 
 def count_right(pairs):
     """Of pairs (key, is it right?): {key: (right ones, all)}, by key."""
-    pairs = list(pairs)
-    total = Counter(key for key, _ in pairs)
-    right = Counter(key for key, is_right in pairs if is_right)
+    right = Counter()
+    total = Counter()
+    for key, is_right in pairs:
+        right[key] += is_right
+        total[key] += 1
     return {key: (right[key], total[key]) for key in sorted(total)}
-
-
-def confidence_bin(confidence):
-    """Which tenth of [0, 1] a confidence lies in: 0 to 9."""
-    return min(9, int(10 * confidence))
 
 
 def calibration_error(confidences, rights):
@@ -96,21 +92,21 @@ def calibration_error(confidences, rights):
     excess = Counter()
     for confidence, is_right in zip(confidences, rights):
         # summed over a bin this is its confidences less its right reads
-        excess[confidence_bin(confidence)] += confidence - is_right
-    return sum(map(abs, excess.values())) / max(1, len(rights))
+        excess[math.ceil(10 * confidence)] += confidence - is_right
+    return sum(map(abs, excess.values())) / len(rights)
 
 
 def matches(trues, preds):
-    """(place, true character, character read), over reads of the right length: with another
+    """(place, (true character, character read)), over reads of the right length: with another
     length one cannot say which character stands for which."""
     for true, pred in zip(trues, preds):
         if len(true) == len(pred):
-            yield from zip(range(1, len(true) + 1), true, pred)
+            yield from enumerate(zip(true, pred), 1)
 
 
 def confusions(trues, preds):
     """Counter of (true, read) characters, over wrong reads of the right length."""
-    return Counter((a, b) for _, a, b in matches(trues, preds) if a != b)
+    return Counter((a, b) for _, (a, b) in matches(trues, preds) if a != b)
 
 
 # ---------------------------------------------------------------------------------------
@@ -134,24 +130,25 @@ class Results(list):
         return f"<{len(self)} reads>"
 
 
-def choose_images(root, split, alphabet, size, learnt_from, learnt):
-    """What to score: (sources, true strings, what they are). learnt_from: the folder that the
-    network learnt from, or None; learnt: the hashes of these labels."""
+def choose_images(root, split, content, learnt):
+    """What to score: (sources, true strings, what they are). content: that of the checkpoint;
+    learnt: the hashes of the labels it learnt."""
+    config = content["config"]
+    learnt_from = content["args"]["data"]
     if not (root or learnt_from):
-        images, texts = plates.fixed_plates(*plates.TEST, size)
+        images, texts = plates.fixed_plates(*plates.TEST, config["size"])
         return list(images.permute(0, 2, 3, 1).numpy()), texts, "drawn plates"
     folder = data.split_folder(root or learnt_from, split)
-    paths, texts = data.find_crops(folder, alphabet)
-    is_training_set = False
-    if split != "train" and learnt_from and os.path.isdir(learnt_from):
-        train_folder = data.split_folder(learnt_from, "train")
-        is_training_set = folder.resolve().is_relative_to(train_folder)
-    if not is_training_set:
-        return paths, texts, f"images of {folder}"
-    crops = [crop for crop in zip(paths, texts) if data.hash_label(crop[1]) not in learnt]
-    if not crops:
-        raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
-    return *zip(*crops), f"images of {folder} that training held out"
+    paths, texts = data.find_crops(folder, config["alphabet"])
+    title = f"images of {folder}"
+    may_be_learnt = split != "train" and learnt_from and os.path.isdir(learnt_from)
+    if may_be_learnt and folder.resolve().is_relative_to(data.split_folder(learnt_from, "train")):
+        crops = [crop for crop in zip(paths, texts) if data.hash_label(crop[1]) not in learnt]
+        if not crops:
+            raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
+        paths, texts = zip(*crops)
+        title += " that training held out"
+    return paths, texts, title
 
 
 def evaluate(
@@ -161,43 +158,43 @@ def evaluate(
 
     root: a data set; without it the one the checkpoint learnt from, or drawn plates. The rest: see
     predict.read. The dict's "reads" is a list of Results, all else in it are plain types."""
-    device = crnn.pick_device(device)
-    precision = precision or crnn.pick_precision(device)
-    network, content = crnn.load_checkpoint(checkpoint, device)
-    config = network.config
-    learnt_from = content["args"]["data"]
+    device = model.pick_device(device)
+    precision = precision or model.pick_precision(device)
+    network, content = model.load_checkpoint(checkpoint, device)
+    network = model.fold_norms(network)
     learnt = set(content["learnt"].tolist())
-    sources, texts, title = choose_images(
-        root, split, config["alphabet"], config["size"], learnt_from, learnt
-    )
+    sources, texts, title = choose_images(root, split, content, learnt)
     start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
-    network = crnn.fold_norms(network)
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
+    speed = len(reads) / (time.perf_counter() - start)
     data.warn("files left out", [read.error for read in reads if read.error])
-    results = Results()
-    for source, true, read in zip(sources, texts, reads):
-        if not read.error:
-            name = getattr(source, "name", true)  # an array has no file name
-            results.append(Result(name, true, read.plate, read.confidence, source))
+    results = Results(
+        # an array has no file name
+        Result(getattr(source, "name", true), true, read.plate, read.confidence, source)
+        for source, true, read in zip(sources, texts, reads)
+        if not read.error
+    )
     if not results:
         raise data.InputError(f"{title}: none can be read; check the files")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    bins = map(confidence_bin, confidences)
-    has_grammar = bool(predict.plate_patterns(network, grammar))
-    decoding = "best plate, three views if unsure" if has_grammar else "greedy"
+    bins = [math.ceil(10 * confidence) for confidence in confidences]
+    firsts = [true[0] for true in trues]
+    decoding = "greedy"
+    if predict.plate_patterns(network, grammar):
+        decoding = "best plate, three views if unsure"
     scores = metrics(trues, preds)
     return scores | {
-        "title": f"{len(results):,} {title}, read by {checkpoint}",
+        "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),
         "decoding": f"{device} {precision}, {decoding}{', adapted to the place' * adapt}",
-        "speed": len(results) / max(1e-9, time.perf_counter() - start),
+        "speed": speed,
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
         "by_confidence": count_right(zip(bins, rights)),
-        "by_position": count_right((place, a == b) for place, a, b in matches(trues, preds)),
-        "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
+        "by_position": count_right((k, a == b) for k, (a, b) in matches(trues, preds)),
+        "by_first": count_right(zip(firsts, rights)),
         "by_training": count_right(zip(seen, rights)),
         "confusions": confusions(trues, preds).most_common(20),
         "history": content["history"],
@@ -215,25 +212,24 @@ def wrong_reads(scores):
     return sorted(wrong, key=lambda result: -result.confidence)
 
 
+SCORES = """{title}
+read with    {decoding}, {speed:.0f} images/s
+accuracy     {accuracy:.4f}   95% interval {interval[0]:.4f} to {interval[1]:.4f}
+CER          {cer:.5f}
+Levenshtein  {levenshtein:.4f}
+calibration  {calibration_error:.4f} expected error of the confidences"""
+
+
 def describe(scores):
     """The three metrics, where the errors are, and the confusions: a text of some lines."""
-    low, high = scores["interval"]
-    wrong = wrong_reads(scores)
-    lines = [
-        data.printable(scores["title"]),
-        f"read with    {scores['decoding']}, {scores['speed']:.0f} images/s",
-        f"accuracy     {scores['accuracy']:.4f}   95% interval {low:.4f} to {high:.4f}",
-        f"CER          {scores['cer']:.5f}",
-        f"Levenshtein  {scores['levenshtein']:.4f}",
-        f"calibration  {scores['calibration_error']:.4f} expected error of the confidences",
-    ]
+    lines = [SCORES.format(**scores)]
     for name in ("position", "first", "training"):
         counts = scores[f"by_{name}"].items()
-        lines.append(
-            "  ".join([f"{name:11}", *(f"{k} {a / n:.4f} of {n}" for k, (a, n) in counts)])
-        )
-    pairs = [f"{a}-{b} {count}" for (a, b), count in scores["confusions"]]
-    lines.append("  ".join(["confusions ", *pairs]))
+        shares = "  ".join(f"{key} {right / n:.4f} of {n}" for key, (right, n) in counts)
+        lines.append(f"{name:11}  {shares}")
+    pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
+    lines.append(f"confusions   {pairs}")
+    wrong = wrong_reads(scores)
     lines.append(f"errors       {len(wrong):,}")
     for name, true, pred, confidence, _ in wrong[:5]:
         lines.append(f"  {data.printable(name)}  true {true}  read {pred}  {confidence:.3f}")
@@ -245,50 +241,39 @@ def write_table(path, results):
     file = io.StringIO(newline="")
     table = csv.writer(file)
     table.writerow(["filename", "true", "pred", "confidence", "same"])
-    for *cells, confidence, _ in results:
+    for name, true, pred, confidence, _ in results:
         # a spreadsheet would take these for a formula
-        safe = ["'" * (cell[:1] in {*"=+-@"}) + cell for cell in cells]
-        table.writerow([*safe, f"{confidence:.6f}", cells[1] == cells[2]])
+        cells = ["'" * (cell[:1] in {*"=+-@"}) + cell for cell in (name, true, pred)]
+        table.writerow([*cells, f"{confidence:.6f}", true == pred])
     # utf-8-sig: spreadsheets look for its mark; surrogateescape: a name may be no UTF-8
     data.write_file(path, file.getvalue().encode("utf-8-sig", "surrogateescape"))
 
 
 def error_picture(result):
     """The image, under it the truth, and under that the read; differences are red."""
-    _, true, pred, _, source = result
-    pictures = [to_pil_image(data.load_image(source, (64, 256)))]
-    for text, other in ((true, pred), (pred, true)):
+    pictures = [to_pil_image(data.load_image(result.source, (64, 256)))]
+    for text, other in ((result.true, result.pred), (result.pred, result.true)):
         # aligned, so that after a missing character the others still match
         blocks = SequenceMatcher(None, text, other).get_matching_blocks()
-        same = {start + k for start, _, length in blocks for k in range(length)}
-        pictures.append(plates.text_picture(text, 24, set(range(len(text))) - same))
+        same = {block.a + k for block in blocks for k in range(block.size)}
+        pictures.append(plates.text_picture(text, 24, {*range(len(text))} - same))
     return plates.sheet(pictures, 1)
 
 
-PAGE = Template("""<!doctype html>
-<html lang="zh"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Report</title>
-<style>
-body { font: 16px sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }
-pre { white-space: pre-wrap } img, svg { max-width: 100% }
-td { padding: 2px 12px 2px 0; overflow-wrap: anywhere }
-</style>
-<pre>$scores</pre>
-$charts
-<h2>Errors, the most confident first</h2><table>$errors</table>
-""")
+HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>Report</title><style>
+body { font-family: sans-serif } pre { white-space: pre-wrap }
+svg { width: 420px; height: 150px; border: 1px solid silver }
+polyline { fill: none; stroke: royalblue; vector-effect: non-scaling-stroke }
+</style>"""
 
 
 def chart(title, points):
-    """A line through points (x, y, caption), y in [0, 1], as SVG."""
-    largest = max(x for x, _, _ in points)
-    places = [(20 + 380 * x / largest, 180 - 150 * min(1, y), text) for x, y, text in points]
-    line = " ".join(f"{x:.0f},{y:.0f}" for x, y, _ in places)
-    texts = "".join(f'<text x="{x:.0f}" y="{y - 6:.0f}">{text}</text>' for x, y, text in places)
+    """A line through points (x, y), y in [0, 1], as SVG, scaled to the frame that HEAD names."""
+    width = max(x for x, _ in points)
+    line = " ".join(f"{x},{1 - y:.4f}" for x, y in points)
     return (
-        f'<h2>{title}</h2><svg viewBox="0 0 420 200" width="420" font-size="11">'
-        '<path d="M20 30V180H400" fill="none" stroke="silver"/>'
-        f'<polyline points="{line}" fill="none" stroke="royalblue"/>{texts}</svg>'
+        f'<h2>{title}</h2><svg viewBox="0 0 {width} 1" preserveAspectRatio="none">'
+        f'<polyline points="{line}"/></svg>'
     )
 
 
@@ -297,56 +282,58 @@ def write_report(folder, scores):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "predictions.csv", scores["reads"])
-    rows = []
+    page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
+    bins = scores["by_confidence"].items()
+    counts = ", ".join(str(n) for _, (_, n) in bins)
+    points = [(k - 0.5, right / n) for k, (right, n) in bins]
+    page += chart(f"Share of right reads by confidence, of {counts} reads", points)
+    for key in ("loss", "accuracy", "cer"):
+        points = [(row["images"], row[key]) for row in scores["history"] if key in row]
+        if points:
+            page += chart(f"{key} by images seen, from 0 to 1", points)
+    page += "<h2>Errors, the most confident first</h2><table>"
     pictures = []
     for result in wrong_reads(scores)[:500]:
-        file = io.BytesIO()
         pictures.append(error_picture(result))
+        file = io.BytesIO()
         pictures[-1].save(file, "png")
-        image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        name, true, pred = map(html.escape, result[:3])
-        texts = f"{true}<br>{pred}<br>{result.confidence:.4f}"
-        rows.append(f'<tr><td><img src="{image}"><td>{texts}<td>{name}\n')
+        image = base64.b64encode(file.getvalue()).decode()
+        texts = "<br>".join(map(html.escape, result[:3]))
+        page += f'<tr><td><img src="data:image/png;base64,{image}">'
+        page += f"<td>{texts}<br>{result.confidence:.4f}"
+    data.write_file(folder / "report.html", page.encode("utf8", "replace"))
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
     if pictures:
         plates.sheet(pictures[:64]).save(folder / "errors.png")
-    bins = [((k + 0.5) / 10, right / n, n) for k, (right, n) in scores["by_confidence"].items()]
-    charts = [chart("Share of right reads by confidence, and how many these are", bins)]
-    for key in ("loss", "accuracy", "cer"):
-        points = [(row["images"], row[key], "") for row in scores["history"] if key in row]
-        if points:
-            charts.append(chart(f"{key} by images seen, from 0 to 1", points))
-    text = html.escape(describe(scores))
-    page = PAGE.substitute(scores=text, charts="".join(charts), errors="".join(rows))
-    data.write_file(folder / "report.html", page.encode("utf8", "replace"))
 
 
 def main(argv=None):
     parser = data.make_parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the one in assets)")
-    add("--data", help="crops, or a folder with train and test (default: what it learnt from)")
+    add("--data", dest="root", help="crops, or a folder of train and test; see above")
     add("--split", default="test", help="which folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
     add("--report", metavar="DIR", help="write report.html and its pictures there")
     predict.reading_options(add)
     with data.one_sentence():
-        args = parser.parse_args(argv)
-        for path, suffix in ((args.csv, ".csv"), (args.json, ".json")):
-            if path:
-                data.check_output(path, suffix)
-        reading = (args.device, args.precision, args.grammar, args.adapt)
-        scores = evaluate(args.checkpoint, args.data, args.split, *reading)
+        args = vars(parser.parse_args(argv))
+        table, numbers, report = (args.pop(name) for name in ("csv", "json", "report"))
+        if table:
+            data.check_output(table, ".csv")
+        if numbers:
+            data.check_output(numbers, ".json")
+        scores = evaluate(**args)
         print(describe(scores))
-        if args.report:
-            write_report(args.report, scores)
-            print("report      ", Path(args.report, "report.html").resolve().as_uri())
-        if args.csv:
-            write_table(args.csv, scores["reads"])
-        if args.json:
+        if report:
+            write_report(report, scores)
+            print("report      ", Path(report, "report.html").resolve().as_uri())
+        if table:
+            write_table(table, scores["reads"])
+        if numbers:
             del scores["reads"]
-            data.write_file(args.json, json.dumps(scores, indent=1).encode())
+            data.write_file(numbers, json.dumps(scores, indent=1).encode())
 
 
 if __name__ == "__main__":

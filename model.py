@@ -49,15 +49,6 @@ class ConvNorm(nn.Module):
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
-def run_recurrent(layer, x):
-    """The outputs (T, B, hidden) of a recurrent layer for x (T, B, features)."""
-    if not x.is_cuda:
-        return layer(x)[0]
-    # under autocast cuDNN would compute in float16, where small gradients become zero
-    with torch.autocast("cuda", enabled=False):
-        return layer(x.float())[0]
-
-
 class CRNN(nn.Module):
     """Our network, "small": strided convolutions down to one row of width / 4 columns, one
     recurrent layer, and a skip connection past it.
@@ -71,13 +62,12 @@ class CRNN(nn.Module):
         (32, 1, 1),  # more features before detail is given up
         (64, 2, 2),  # (B, 64, 8, 32)
         (64, 1, 1),
-        (128, 2, 1),  # (B, 128, 4, 32): from here on only rows merge, a character keeps its columns
-        (128, 1, 1),
+        (96, 2, 1),  # (B, 96, 4, 32): from here on only rows merge, a character keeps its columns
+        (96, 1, 1),
         (192, 2, 1),  # (B, 192, 2, 32)
-        (256, 1, 1),  # (B, 256, 2, 32)
     )
 
-    def __init__(self, alphabet, size=(32, 128), rnn="lstm", bidirectional=True, hidden=96):
+    def __init__(self, alphabet, size=(32, 128), rnn="lstm", bidirectional=True):
         super().__init__()
         self.steps = size[1] // 4
         self.cnn = nn.Sequential()
@@ -87,8 +77,8 @@ class CRNN(nn.Module):
             c_in = c_out
         # the rows that are left become one
         self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
-        self.rnn = RECURRENT[rnn](256, hidden, bidirectional=bidirectional)
-        self.fc = nn.Linear(hidden * (1 + bidirectional), len(alphabet) + 1)
+        self.rnn = RECURRENT[rnn](256, 96, bidirectional=bidirectional)
+        self.fc = nn.Linear(96 * (1 + bidirectional), len(alphabet) + 1)
         self.skip = nn.Linear(256, len(alphabet) + 1)
 
     def forward(self, images):
@@ -103,7 +93,7 @@ class CRNN(nn.Module):
         x = x.squeeze(2).permute(2, 0, 1)  # (T, B, 256)
         # drawn and real characters share no feature exactly, so none may decide alone
         x = F.dropout(x, 0.25, self.training)
-        hidden = run_recurrent(self.rnn, x)  # (T, B, hidden, twice if bidirectional)
+        hidden = self.rnn(x)[0]  # (T, B, 96, or 192 if bidirectional)
         # The recurrent layer learns late. Along the skip connection gradients reach the
         # convolutions from the first step, and CTC's all-blank phase ends early.
         return self.fc(hidden) + self.skip(x)  # (T, B, C)
@@ -118,7 +108,7 @@ class NotebookCRNN(nn.Module):
     multiples = (32, 32)
     steps = 20
 
-    def __init__(self, alphabet, size=(96, 448), rnn="lstm", bidirectional=False, hidden=256):
+    def __init__(self, alphabet, size=(96, 448), rnn="lstm", bidirectional=False):
         super().__init__()
         self.cnn = nn.Sequential()
         channels = (3, 32, 64, 128, 256, 512)
@@ -126,8 +116,8 @@ class NotebookCRNN(nn.Module):
             self.cnn.append(ConvNorm(c_in, c_out))
             self.cnn.append(ConvNorm(c_out, c_out, pool=True))
         self.proj = nn.Linear(size[1] // 32, self.steps)
-        self.rnn = RECURRENT[rnn](512, hidden, 2, dropout=0.3, bidirectional=bidirectional)
-        self.fc = nn.Linear(hidden * (1 + bidirectional), len(alphabet) + 1)
+        self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
+        self.fc = nn.Linear(256 * (1 + bidirectional), len(alphabet) + 1)
 
     def forward(self, images):
         """uint8 (B, 3, H, W) to logits (T, B, C), with T = 20."""
@@ -137,7 +127,7 @@ class NotebookCRNN(nn.Module):
         x = x.mean(2)  # (B, 512, W / 32)
         x = self.proj(x)  # (B, 512, T)
         x = x.permute(2, 0, 1)  # (T, B, 512)
-        return self.fc(run_recurrent(self.rnn, x))  # (T, B, C)
+        return self.fc(self.rnn(x)[0])  # (T, B, C)
 
 
 NETWORKS = {"small": CRNN, "notebook": NotebookCRNN}
@@ -340,12 +330,13 @@ class CheckpointError(OSError):
     """A file that is no checkpoint of train.py, or not for this model.py."""
 
 
-def is_config(model, alphabet, size, rnn, bidirectional, hidden):
-    """Whether build_network can build what a file asks for."""
+def is_config(model, alphabet, size, rnn, bidirectional):
+    """Whether build_network can build what a user or a file asks for."""
+    rows, columns = NETWORKS[model].multiples
     height, width = size
-    sizes_fit = height in range(16, 513) and width in range(64, 2049) and hidden in range(1, 2049)
-    names_fit = model in NETWORKS and rnn in RECURRENT and isinstance(alphabet, str)
-    return sizes_fit and names_fit and isinstance(bidirectional, bool)
+    fits = height in range(rows, 513, rows) and width in range(64, 2049, columns)
+    types = isinstance(alphabet, str) and isinstance(bidirectional, bool)
+    return fits and types and rnn in RECURRENT
 
 
 def load_checkpoint(path, device="cpu"):

@@ -20,9 +20,9 @@ pretrained model in assets, which learnt from drawn plates alone.
 """
 
 import argparse
-import functools
 import glob
 import io
+import itertools
 import json
 import os
 import shutil
@@ -36,11 +36,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, affine, to_pil_image
 
 import data
-import model as crnn
+import model
 
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 SURE = 0.8  # a read less probable than this gets two more views
@@ -62,7 +62,7 @@ class Read(NamedTuple):
 
 def load(path=READER, device=None):
     """A checkpoint of train.py as a network ready to read. Raises model.CheckpointError."""
-    return crnn.fold_norms(crnn.load_checkpoint(path, crnn.pick_device(device))[0])
+    return model.fold_norms(model.load_checkpoint(path, model.pick_device(device))[0])
 
 
 def plate_patterns(network, grammar=None):
@@ -88,92 +88,91 @@ def more_views(images):
     return torch.stack(tilted, 1).flatten(0, 1)
 
 
-def read_images(get_logits, images, alphabet, patterns, top=1, adapt=False):
-    """Strings for each image of uint8 (B, 3, H, W): B lists of (text, probability), the best first.
+def read_images(images, network, precision, patterns, top, adapt):
+    """A Read with all its candidates for each image of uint8 (B, 3, H, W).
 
-    get_logits: from images to logits (T, B, C). Greedy; but with `patterns`, a read that is no
-    plate or not sure gives way to the likeliest plates in three views. With top > 1 every image
-    goes through the beam search."""
-    logits = get_logits(images)  # (T, B, C)
-    texts = crnn.greedy_decode(logits, alphabet)
-    answers = [[pair] for pair in zip(texts, crnn.probabilities(logits, texts, alphabet))]
+    Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
+    plates in three views. With top > 1 every image goes through the beam search."""
+    alphabet = network.config["alphabet"]
+    logits = model.predict_logits(network, images, precision)  # (T, B, C)
+    texts = model.greedy_decode(logits, alphabet)
+    answers = [[pair] for pair in zip(texts, model.probabilities(logits, texts, alphabet))]
+    sure = SURE_ADAPTED if adapt else SURE
+    unsure = [
+        k
+        for k, ((text, probability),) in enumerate(answers)
+        if patterns and not (probability > sure and model.is_plate(text, patterns))
+    ]
     views = list(logits.split(1, 1))  # (T, 1, C) of each image
-    unsure = []
-    for k, ((text, probability),) in enumerate(answers):
-        is_sure = probability > (SURE_ADAPTED if adapt else SURE)
-        if patterns and not (is_sure and crnn.is_plate(text, patterns)):
-            unsure.append(k)
     if unsure:
-        more_logits = get_logits(more_views(images[unsure]))  # (T, 2 * len(unsure), C)
-        for k, two in zip(unsure, more_logits.split(2, 1)):
+        tilted = model.predict_logits(network, more_views(images[unsure]), precision)
+        for k, two in zip(unsure, tilted.split(2, 1)):
             views[k] = torch.cat((views[k], two), 1)  # (T, 3, C)
     for k in range(len(images)) if top > 1 else unsure:
-        log_probs = views[k][:, 0].log_softmax(1)  # (T, C)
-        strings = crnn.beam_search(log_probs, alphabet, patterns)
+        strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if adapt:  # the search drops most provinces of a blurred plate
-            strings += [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
-        strings = list(dict.fromkeys(strings))
-        answers[k] = crnn.candidates(views[k], strings, alphabet)[:40] or answers[k]
-    return answers
+            others = [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
+            strings = list(dict.fromkeys(strings + others))
+        answers[k] = model.candidates(views[k], strings, alphabet)[:40] or answers[k]
+    return [Read(*pairs[0], pairs, "") for pairs in answers]
 
 
-def read_batch(sources, network, precision, patterns, top, adapt):
-    """A Read with all its candidates for each of a list of sources, see read()."""
-    get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
-    config = network.config
-    loaded = [data.attempt(data.load_image, source, config["size"]) for source in sources]
+def read_batch(sources, network, *options):
+    """A Read with all its candidates for each of a list of sources; options: see read_images."""
+    size = network.config["size"]
+    loaded = [data.attempt(data.load_image, source, size) for source in sources]
     images = [image for image in loaded if isinstance(image, torch.Tensor)]
-    answers = []
-    if images:
-        stack = torch.stack(images)
-        answers = read_images(get_logits, stack, config["alphabet"], patterns, top, adapt)
-    reads = [Read(*pairs[0], pairs, "") for pairs in answers]
-    for k, image in enumerate(loaded):
-        if isinstance(image, data.InputError):
-            reads.insert(k, Read("", 0.0, [], str(image)))
-    return reads
+    reads = iter(read_images(torch.stack(images), network, *options) if images else [])
+    return [
+        next(reads) if isinstance(image, torch.Tensor) else Read("", 0.0, [], str(image))
+        for image in loaded
+    ]
 
 
-def start_workers(count):
-    """Threads that compute with one core each, so that none waits for another's share of a batch.
+def start_workers(network):
+    """(a pool of threads, how many): one for each core, or one alone where a GPU computes.
 
-    torch keeps a number of threads for itself, and one for each thread: the former is as before."""
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    Each computes with one core, so that none waits for another's share of a batch. torch keeps a
+    number of threads for itself, and one for each thread: the former is as before."""
     with STARTING:
         threads = torch.get_num_threads()
-        together = threading.Barrier(count)  # so that each starts
-        list(pool.map(lambda _: together.wait(), range(count)))
+        count = threads if network.fc.weight.device.type == "cpu" else 1
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+        # all of them wait for the last one, so that each starts
+        list(pool.map(threading.Barrier(count).wait, count * [None]))
         torch.set_num_threads(threads)
-    return pool
+    return pool, count
 
 
-def read_all(sources, batch_size, network, *options):
-    """Yield the reads of read_batch, in order. Each worker takes its own batch.
+def read_all(sources, size, network, *options):
+    """Yield the reads of read_batch, in order. Each worker takes its own batch of `size` sources.
 
     If `sources` raises an error, the reads of what it gave before come first."""
-    count = torch.get_num_threads() if network.fc.weight.device.type == "cpu" else 1
-    pool = start_workers(count)
     sources = iter(sources)
-    ended = None  # by StopIteration, or by another error
+    pool, count = start_workers(network)
+    owner = os.getpid()
     waiting = deque()
+    failure = None
+    is_full = True  # a batch that is not full is the last
     try:
-        while waiting or not ended:
+        while is_full:
             batch = []
-            while not ended and len(batch) < batch_size:
-                try:
-                    source = next(sources)
+            try:
+                for source in itertools.islice(sources, size):
                     # a camera may fill its array again
                     batch.append(source.copy() if isinstance(source, np.ndarray) else source)
-                except Exception as error:
-                    ended = error
-            if batch:
-                waiting.append(pool.submit(read_batch, batch, network, *options))
-            if waiting and (ended or len(waiting) > count):
+            except Exception as error:
+                failure = error
+            is_full = len(batch) == size
+            waiting.append(pool.submit(read_batch, batch, network, *options))
+            if os.getpid() != owner:
+                raise RuntimeError("a forked process has no workers; let it call read() itself")
+            while len(waiting) > (count if is_full else 0):
                 yield from waiting.popleft().result()
-        if not isinstance(ended, StopIteration):
-            raise ended
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if failure:
+        raise failure
 
 
 def adapt_to_place(reads, rounds=20):
@@ -186,30 +185,28 @@ def adapt_to_place(reads, rounds=20):
     reads = list(reads)
     if len(reads) < 5:  # of which nobody can tell what is common
         return reads
-    cities = Counter()  # the expected number of plates that begin with these two characters
+    adapted = reads
     for _ in range(rounds):
-        last = cities
-        cities = Counter()
-        provinces = Counter()
-        for city, number in last.items():
-            provinces[city[:1]] += number
-        total = sum(provinces.values())
+        # how many plates begin with a province, and with it and a city's letter, by expectation
+        counts = Counter()
+        for read in adapted:
+            for text, share in read.alternatives:
+                counts[text[:1]] += share
+                counts[text[:2]] += share
+        even = sum(counts.values()) / 2 / len(data.PROVINCES)  # if no province were common
         adapted = []
         for read in reads:
-            weights = {}
-            for text, probability in read.alternatives:
+            rest = 1.0  # all strings that are no candidates keep their weight
+            weights = Counter()
+            for text, share in read.alternatives:
                 # as if each province had been seen half a time before, and each city two times
-                in_province = provinces[text[:1]]
-                province = (in_province + 0.5) / (total / len(data.PROVINCES) + 0.5)
-                city = (last[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
-                weights[text] = probability * province * city
-            # all strings that are no candidates keep their weight
-            rest = 1 - sum(probability for _, probability in read.alternatives)
+                in_province = counts[text[:1]]
+                province = (in_province + 0.5) / (even + 0.5)
+                city = (counts[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
+                weights[text] = share * province * city
+                rest -= share
             norm = rest + sum(weights.values())
-            pairs = sorted(weights.items(), key=lambda pair: -pair[1])
-            pairs = [(text, weight / norm) for text, weight in pairs]
-            for text, share in pairs:
-                cities[text[:2]] += share
+            pairs = [(text, weight / norm) for text, weight in weights.most_common()]
             adapted.append(Read(*pairs[0], pairs, "") if pairs else read)
     return adapted
 
@@ -225,16 +222,16 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     plate_patterns. top: how many alternatives to give. adapt: see adapt_to_place; a read then
     depends on all the others, and the first comes after the last image. batch_size: images read
     together (default: what the device does best)."""
-    precision = precision or crnn.pick_precision(network.fc.weight.device)
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
+    precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
-    one = (str, os.PathLike, bytes, Image.Image, type(None))
-    if isinstance(sources, one) or isinstance(sources, np.ndarray) and sources.ndim < 4:
+    one = (str, bytes, os.PathLike, Image.Image, type(None))
+    if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
-        reads = read_all(sources, batch_size or crnn.images_at_once(network), *options)
+        reads = read_all(sources, batch_size or model.images_at_once(network), *options)
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 
@@ -254,43 +251,41 @@ def find_images(arguments):
             yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 
 
-def explain(network, path, out, precision=None, grammar=None):
-    """Write a picture of CTC at work on one image: the crop, below it for each time step the
-    likeliest class ("-" is blank) and how likely it is, and the best strings."""
+def explain(network, path, out, *options):
+    """Write a picture of CTC at work on one image: the crop, below it for each time step how
+    likely its likeliest class is, and which ("-" is blank), and the best strings."""
     from assets import plates
 
     data.check_output(out, ".png", [path])
-    alphabet = network.config["alphabet"]
-    precision = precision or crnn.pick_precision(network.fc.weight.device)
-    get_logits = functools.partial(crnn.predict_logits, network, precision=precision)
-    get_logits = functools.lru_cache(get_logits)  # the first view is computed once
     image = data.load_image(path, network.config["size"])
-    images = image[None]
-    (pairs,) = read_images(get_logits, images, alphabet, plate_patterns(network, grammar), top=4)
-    probabilities, classes = get_logits(images)[:, 0].softmax(1).max(1)  # (T,) each
-    step = 28  # pixels of a time step in the picture
-    width = step * len(classes)  # every time step stands below the columns it comes from
-    crop = to_pil_image(image).resize((width, width * image.shape[1] // image.shape[2]))
-    bars = Image.new("RGB", (width, 180), "white")
-    draw = ImageDraw.Draw(bars)
-    for left, best, share in zip(range(0, width, step), classes.tolist(), probabilities.tolist()):
-        is_blank = best == crnn.BLANK
-        bar = (left + 3, 140 - 130 * share, left + step - 4, 140)
-        draw.rectangle(bar, "silver" if is_blank else "royalblue")
-        char = "-" if is_blank else alphabet[best - 1]
-        bars.paste(plates.text_picture(char, 32), (left + 5, 146))
-    strings = [plates.text_picture(f"{text} {share:.4f}", 32) for text, share in pairs[:4]]
-    plates.sheet([crop, bars, *strings], 1).save(out)
+    logits = model.predict_logits(network, image[None])
+    shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
+    names = f"-{network.config['alphabet']}"
+    line = plates.text_picture("".join(names[k] for k in classes), 52)
+    step = line.width // len(classes)  # each time step stands below the columns it comes from
+    crop = to_pil_image(image)
+    crop = crop.resize((line.width, line.width * crop.height // crop.width))
+    bars = Image.new("RGB", (line.width, 140), "white")
+    for k, (best, share) in enumerate(zip(classes.tolist(), shares.tolist())):
+        colour = "silver" if best == model.BLANK else "royalblue"
+        bars.paste(colour, (k * step + 3, 140 - round(130 * share), (k + 1) * step - 3, 140))
+    (result,) = read(network, path, *options, top=4)
+    strings = [
+        plates.text_picture(f"{text} {probability:.4f}", 32)
+        for text, probability in result.alternatives
+    ]
+    plates.sheet([crop, bars, line, *strings], 1).save(out)
 
 
 def export(network, out):
     """Write a network on the CPU for use without these files, as .pt2 or .onnx.
 
-    It takes uint8 (B, 3, H, W) with B at least 1 and gives logits (T, B, C). The file also holds
-    what the reader of its logits needs: the alphabet, the size, the blank."""
+    It takes uint8 (B, 3, H, W) with at least one image and gives logits (T, B, C). What
+    the reader of its logits needs, such as the alphabet, the size and the blank, is in the file
+    as facts.json."""
     is_onnx = Path(out).suffix == ".onnx"
     data.check_output(out, ".onnx" if is_onnx else ".pt2")
-    facts = {key: str(network.config[key]) for key in ("alphabet", "size")} | {"blank": "0"}
+    facts = json.dumps(network.config | {"blank": model.BLANK})
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
@@ -298,10 +293,10 @@ def export(network, out):
     if is_onnx:  # needs onnx and onnxscript, and says so
         names = {"input_names": ["images"], "output_names": ["logits"]}
         onnx = torch.onnx.export(program, dynamo=True, **names)
-        onnx.model.metadata_props.update(facts)
+        onnx.model.metadata_props["facts.json"] = facts
         file.write(onnx.model_proto.SerializeToString())
     else:
-        torch.export.save(program, file, extra_files={"facts.json": json.dumps(facts)})
+        torch.export.save(program, file, extra_files={"facts.json": facts})
     data.write_file(out, file.getvalue())
     print(f"{out}: written")
 
@@ -351,19 +346,19 @@ def main(argv=None):
         if args.explain:
             explain(network, paths[0], args.explain, args.precision, args.grammar)
         start = time.perf_counter()
-        failures = 0
+        good = 0
         reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
-        for number, (path, result) in enumerate(zip(paths, reads)):
+        for path, result in zip(paths, reads):
             if result.error:
-                failures += 1
                 print(f"error: {result.error}", file=sys.stderr)
                 continue
+            good += 1
             cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
             print(data.printable(path), *cells, sep="\t")
             if args.label:
-                keep(path, result, args.label, number, args.above)
-        good = len(paths) - failures
-        speed = good / max(1e-9, time.perf_counter() - start)
+                keep(path, result, args.label, good, args.above)
+        failures = len(paths) - good
+        speed = good / (time.perf_counter() - start)
         print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
         if failures:
             sys.exit(1)

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import data
 import evaluate
-import model as crnn
+import model
 import predict
 import train
 from assets import plates
@@ -31,7 +32,7 @@ ALPHABET, PATTERNS, SIZE = data.ALPHABET, data.PATTERNS, (32, 128)
 SCRIPTS = {"data": data, "train": train, "evaluate": evaluate, "predict": predict, "plates": plates}
 FAST = "train --data plates --precision fp32 --epochs 1 --batch-size 20 --val 0.2"
 TUNE = f"{FAST} --init assets/reader.pth"
-PARAMETERS = {"notebook lstm": 6_046_286, "notebook gru": 5_717_582, "small lstm": 1_385_060}
+PARAMETERS = {"notebook lstm": 6_046_286, "notebook gru": 5_717_582, "small lstm": 771_044}
 LABELS = """皖AX511H: 01-皖AX511H 皖AX511H a-b-皖ax511h 皖A·X511H 1-皖ＡX５11H 皖AX511H_1
 皖AX511H: 皖AX511H(1) 皖AX511H-1 皖AX511H-副本 皖A-X511H 皖A\u200bX511H 粤B12345-皖AX511H
 粤BD12345: 粤BD12345 01-粤BD12345-copy
@@ -45,7 +46,7 @@ FRAMES = """200&400_500&560-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16
 9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16"""
 # parts of a checkpoint, and values that do not fit
 MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).expand(10**9))]
-MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("hidden", 8000)]
+MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn", "rnn")]
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
@@ -82,7 +83,7 @@ def watch(target, name, effect=None):
 def one_of_two(command):
     """One process of a run on two. Returns the strings it trained on and sums of its weights."""
     train.EPOCH_IMAGES = 40
-    loss, optimizer = watch(crnn, "ctc_loss"), watch(torch.optim, "AdamW")
+    loss, optimizer = watch(model, "ctc_loss"), watch(torch.optim, "AdamW")
     train.main(command.split()[1:])
     calls = [call.args for call in loss.call_args_list if call.args[0].requires_grad]
     weights = optimizer.call_args.args[0]
@@ -96,7 +97,7 @@ def originals(tmp_path_factory):
     os.symlink(HERE / "assets", "assets")
     os.symlink("assets/reader.pth", "ckpt.pth")
     for name in ("plates", "DIR", "CCPD2019-dl1", "named", "bad"):
-        plates.render(name, 60, 0)
+        plates.render(name, 60 if name == "plates" else 20)
     for path in list(Path("DIR").rglob("*.jpg")):  # also for an alphabet without provinces
         path.rename(f"{path.with_suffix('')}-{path.stem[-6:]}.jpg")
     os.rename("DIR/train", "DIR/Train")
@@ -178,24 +179,22 @@ class TestParts:
         assert abs(none).max() <= 3 < abs(half).mean() < abs(full).mean()
         for force, is_wide in ((0.0, False), (0.9, True)):  # the lens keeps the light
             mock.patch.object(random, "random", return_value=force).start()
-            blurred = data.blur(crnn.F.pad(torch.ones(1, 3, 1, 1), (64, 64, 16, 16)), 1.0)
+            blurred = data.blur(model.F.pad(torch.ones(1, 3, 1, 1), (64, 64, 16, 16)), 1.0)
             assert blurred.sum((2, 3)).allclose(torch.ones(3), atol=1e-3)
             assert (blurred[0, 0].sum(0).clamp(min=0).sqrt().sum() > 2) == is_wide
 
     def test_drawn_plates_follow_from_the_seed_and_hold_every_character(self):
-        random.seed(1)
         images, texts = plates.fixed_plates(400, 5, SIZE)
-        assert random.random() == random.Random(1).random()
         assert torch.equal(plates.fixed_plates(70, 5, SIZE)[0][:64], images[:64])
         assert not torch.equal(plates.fixed_plates(64, 6, SIZE)[0], images[:64])
         assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
         assert near((440 / 480, 140 / 180)) == plates.EXTENT  # the rest is the car around it
         assert {text[0] for text in texts} == set(data.PROVINCES) and {*map(len, texts)} == {7, 8}
-        assert all(crnn.is_plate(text, PATTERNS) for text in texts)
+        assert all(model.is_plate(text, PATTERNS) for text in texts)
         texts = plates.draw_plates(200, SIZE, plates.PRACTICE)[1]
         assert 70 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 130
         for kind in plates.PLATE_TYPES:  # characters are dark, but on blue plates
-            texts = 20 * ["皖A77777" if len(kind.boxes) == 7 else "皖AD77777"]
+            texts = 20 * ["皖A77777" if len(kind.lefts) == 7 else "皖AD77777"]
             canvas = plates.paint(kind, texts, plates.load_glyphs(40)).mean(1)
             box = canvas[:, 22:58, 124:147].flatten(1)  # strokes cover less than half of it
             is_bright = box.mean(1) > box.median(1).values
@@ -219,44 +218,44 @@ class TestParts:
         paths = torch.cartesian_prod(*4 * [torch.arange(4)])  # all there are
         texts = ["".join("-abc"[k] for k in path) for path in paths]
         texts = [re.sub(r"(.)\1+", r"\1", text).replace("-", "") for text in texts]
-        assert crnn.greedy_decode(crnn.F.one_hot(paths.T, 4), "abc") == texts
+        assert model.greedy_decode(model.F.one_hot(paths.T, 4), "abc") == texts
         totals = dict.fromkeys(texts, 0)  # a string is as likely as all paths that spell it
         for text, share in zip(texts, log_probs[range(4), paths].sum(1).exp().tolist()):
             totals[text] += share
-        shares = crnn.probabilities(logits[:, :1].expand(-1, len(totals), -1), list(totals), "abc")
+        shares = model.probabilities(logits[:, :1].expand(-1, len(totals), -1), list(totals), "abc")
         assert shares == near(list(totals.values()), rel=1e-4)
         best = sorted(totals, key=totals.get, reverse=True)
-        best = [text for text in best if not patterns or crnn.is_plate(text, patterns)]
-        beams = crnn.beam_search(log_probs, "abc", patterns, 10**6, 10**6)
+        best = [text for text in best if not patterns or model.is_plate(text, patterns)]
+        beams = model.beam_search(log_probs, "abc", patterns, 10**6, 10**6)
         assert beams[: len(best)] == best  # what follows needs too many steps
-        assert len(crnn.beam_search(log_probs, "abc", (), 2)) == 2
-        means = {x: sum(crnn.probabilities(logits, [x, x], "abc")) / 2 for x in ("a", "ab", "c")}
+        assert len(model.beam_search(log_probs, "abc", (), 2)) == 2
+        means = {x: sum(model.probabilities(logits, [x, x], "abc")) / 2 for x in ("a", "ab", "c")}
         pairs = sorted(((x, near(means[x])) for x in means), key=lambda pair: -means[pair[0]])
-        assert crnn.candidates(logits, list(means), "abc") == pairs
-        losses = -np.log(crnn.probabilities(logits, ["a", "bca"], "abc"))
-        mean = crnn.ctc_loss(logits, ["a", "bca"], "abc").item()
+        assert model.candidates(logits, list(means), "abc") == pairs
+        losses = -np.log(model.probabilities(logits, ["a", "bca"], "abc"))
+        mean = model.ctc_loss(logits, ["a", "bca"], "abc").item()
         assert mean == near((losses[0] + losses[1] / 3) / 2, rel=1e-4)
-        assert [crnn.steps_needed(text) for text in ("", "ab", "aab", "aaa")] == [0, 2, 4, 5]
-        assert crnn.probabilities(logits, ["aaa", "aba"], "abc")[0] == 0
+        assert [model.steps_needed(text) for text in ("", "ab", "aab", "aaa")] == [0, 2, 4, 5]
+        assert model.probabilities(logits, ["aaa", "aba"], "abc")[0] == 0
 
     @cases("name", PARAMETERS)
     def test_a_network_reads_each_image_alone_folded_or_saved(self, name):
-        model, rnn = name.split()
-        config = {key: train.RECIPES[model][key] for key in ("size", "bidirectional", "hidden")}
-        config |= {"model": model, "alphabet": ALPHABET, "rnn": rnn}
-        network = crnn.build_network(**config).requires_grad_(False)
+        kind, rnn = name.split()
+        config = {key: train.RECIPES[kind][key] for key in ("size", "bidirectional")}
+        config |= {"model": kind, "alphabet": ALPHABET, "rnn": rnn}
+        network = model.build_network(**config).requires_grad_(False)
         assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
         images = plates.fixed_plates(4, 0, config["size"])[0]
         # training moves the batch-norm statistics off their start, and has dropout
         assert not torch.equal(network(images), network(images))
         whole = network.eval()(images)
-        assert whole.shape == (20 if model == "notebook" else 32, 4, 66)
-        if model == "small":  # which normalises the light
+        assert whole.shape == (20 if kind == "notebook" else 32, 4, 66)
+        if kind == "small":  # which normalises the light
             assert torch.allclose(network(images // 2), whole, atol=1.0)
         torch.save({"model": network.state_dict(), "config": config}, "x.pth")
-        loaded = crnn.load_checkpoint("x.pth")[0]
+        loaded = model.load_checkpoint("x.pth")[0]
         same = [torch.cat([network(image[None]) for image in images], 1), loaded(images)]
-        same += [crnn.fold_norms(loaded)(images), crnn.predict_logits(loaded, images)]
+        same += [model.fold_norms(loaded)(images), model.predict_logits(loaded, images)]
         assert all(torch.allclose(logits, whole, atol=1e-4) for logits in same)
 
     @cases("name, value", MISFITS)
@@ -264,22 +263,22 @@ class TestParts:
         content = torch.load("ckpt.pth", weights_only=True)
         content["model" if "." in name else "config"][name] = value
         torch.save(content, "x.pth")
-        error = pytest.raises(crnn.CheckpointError, crnn.load_checkpoint, "x.pth")
+        error = pytest.raises(model.CheckpointError, model.load_checkpoint, "x.pth")
         assert "x.pth: not a checkpoint" in str(error.value)
 
     def test_an_unsure_read_takes_the_mean_of_three_views(self):
         network, images = predict.load(), plates.fixed_plates(100, 3, SIZE)[0]
         reads = list(predict.read(network, images.permute(0, 2, 3, 1).numpy(), "fp32"))
         logits, tilted = (
-            crnn.predict_logits(network, x) for x in (images, predict.more_views(images))
+            model.predict_logits(network, x) for x in (images, predict.more_views(images))
         )
         views = (logits, tilted[:, ::2], tilted[:, 1::2])
-        shares = [crnn.probabilities(x, [read.plate for read in reads], ALPHABET) for x in views]
-        texts = crnn.greedy_decode(logits, ALPHABET)
-        is_sure = np.array(crnn.probabilities(logits, texts, ALPHABET)) > 0.8
-        is_sure &= [crnn.is_plate(text, PATTERNS) for text in texts]
+        shares = [model.probabilities(x, [read.plate for read in reads], ALPHABET) for x in views]
+        texts = model.greedy_decode(logits, ALPHABET)
+        is_sure = np.array(model.probabilities(logits, texts, ALPHABET)) > 0.8
+        is_sure &= [model.is_plate(text, PATTERNS) for text in texts]
         expected = np.where(is_sure, shares[0], np.mean(shares, 0))
-        found = [k for k in range(100) if crnn.is_plate(reads[k].plate, PATTERNS)]
+        found = [k for k in range(100) if model.is_plate(reads[k].plate, PATTERNS)]
         confidences = [reads[k].confidence for k in found]
         assert confidences == near(expected[found], rel=1e-2, abs=1e-4)
         assert len(found) > 70 and 30 < is_sure.sum() < 100
@@ -325,7 +324,7 @@ class TestParts:
 
 class TestCommands:
     def test_what_is_wrong_with_a_folder_is_said(self, run):
-        plates.render("set", 6, 0)
+        plates.render("set", 6)
         path = min(Path("set/train").iterdir())
         os.mkdir("set/test")
         shutil.copy(path, f"set/test/copy-{path.name}")  # a copy, and a plate in both
@@ -334,9 +333,11 @@ class TestCommands:
         shutil.copy(min(Path("frames").iterdir()), "set/train")
         said = "2 files whose names hold no label; IMG-0042; 1 whole CCPD; 1 labels held O; 1 files"
         run("plates show x.png set", f"{said}; 2 files left out; 6 labelled")
-        said += f"; 1 plates in train and test\n    {path.stem[8:]}; 1 copies; test 1; train 8"
-        said += "; median 256; 4 files that cannot be read"
-        assert re.search("never seen .*[A-Z] 0", run("data audit set", said, fails=True))
+        said += (
+            f"; 1 plates in train and test\n    {path.stem[8:]}; 1 copies; [256.0, 256.0, 720.0]"
+        )
+        said += "; {'test': 1, 'train': 8}; '6': 0; 4 files that cannot be read"
+        run("data audit set", said, fails=True)
 
     def test_crop_cuts_plates_out_and_skips_what_it_cannot_cut(self, run):
         plate = plates.fixed_plates(1, 0, (140, 440))[0][0].float()
@@ -386,7 +387,7 @@ class TestCommands:
         assert Image.open("ctc.png").width >= 32 * 28
         assert b"\\u7696" in Path("model.pt2").read_bytes()  # 皖 in JSON, so the alphabet
         answer = torch.export.load("model.pt2").module()(images)
-        assert torch.allclose(answer, crnn.predict_logits(predict.load(), images), atol=1e-3)
+        assert torch.allclose(answer, model.predict_logits(predict.load(), images), atol=1e-3)
 
     def test_odd_images_are_read_or_named(self, run):
         os.makedirs("odd/folder.jpg")
@@ -435,19 +436,19 @@ class TestCommands:
 
     def test_a_batch_its_learning_rate_and_its_prior(self, run, monkeypatch):
         camera, draw, groups = watch(data, "camera"), watch(plates, "draw_plates"), []
-        loss, prior = watch(crnn, "ctc_loss"), watch(train, "province_prior")
+        loss, prior = watch(model, "ctc_loss"), watch(train, "province_prior")
         note = register_optimizer_step_pre_hook
         hook = note(lambda optimizer, *_: groups.append(dict(optimizer.param_groups[0])))
-        command = f"{TUNE} --synthetic 0.7 --epochs 4 --lr 1e-9 --weight-decay 0.5"
-        run(command, "70% of the images drawn; 4 epochs of 7 steps")
+        command = f"{TUNE} --synthetic 0.7 --epochs 2 --lr 1e-9 --weight-decay 0.5"
+        run(command, "70% of the images drawn; 2 epochs of 7 steps")
         hook.remove()
         rates = [group["lr"] for group in groups]
         assert groups[0]["weight_decay"] == 0.5 and rates[-1] < 1e-10
-        assert max(rates) == near(1e-9, rel=0.1) and rates.index(max(rates)) == 5
-        assert sorted(rates[5:], reverse=True) == rates[5:]
+        assert max(rates) == near(1e-9, rel=0.1) and rates.index(max(rates)) == 2
+        assert sorted(rates[2:], reverse=True) == rates[2:]
         crops = [call for call in camera.call_args_list if call.args[2:] == (data.CROP_STRENGTH,)]
-        assert [len(call.args[0]) for call in crops] == 28 * [6]
-        assert [call.args[0] for call in draw.call_args_list].count(14) == 28
+        assert [len(call.args[0]) for call in crops] == 14 * [6]
+        assert [call.args[0] for call in draw.call_args_list].count(14) == 14
         prior = train.province_prior(*prior.call_args.args)  # crops alone get it
         batches = [call.args[0] for call in loss.call_args_list if call.args[0].requires_grad]
         logits = torch.stack(batches).detach().mean((0, 1))
@@ -463,8 +464,8 @@ class TestCommands:
         rows = [{"levenshtein": s, "val_loss": 0.0, "accuracy": 0.5, "cer": 0.5} for s in scores]
         seen = []
 
-        def validate(network, images, texts, precision):
-            assert not network.training and len(images) == len(texts) > 20
+        def validate(network, validation, precision):
+            assert not network.training and sum(len(texts) for _, texts in validation) > 20
             seen.append(network.fc.weight.clone())
             return rows[len(seen) - 1]
 
@@ -477,8 +478,8 @@ class TestCommands:
 
     @cases("options", ["--synthetic 0", "--synthetic 0.5 --precision bf16"])
     def test_a_stopped_run_goes_on_bit_for_bit(self, run, options):
-        train.EPOCH_IMAGES = 40
-        command = f"{TUNE} --epochs 3 {options} --out"
+        train.EPOCH_IMAGES = 16
+        command = f"{FAST} --size 16 64 --batch-size 8 --epochs 3 {options} --out"
         Path("a.pth").write_text("old")
         run(f"{command} a.pth", "a.pth.bak")
         assert Path("a.pth.bak").read_text() == "old"
@@ -498,8 +499,8 @@ class TestCommands:
         watch(train, "validate", lambda *_: Path("ckpt.pth").write_text("other") and mock.DEFAULT)
         run(f"{TUNE} --epochs 2", "two runs write it", fails=True)
         assert Path("ckpt.pth.bak.bak").read_text() == "other"
-        ctc_loss, factors = crnn.F.ctc_loss, 9 * [1] + [np.nan, 1]
-        watch(crnn.F, "ctc_loss", lambda *args: ctc_loss(*args) * factors.pop())
+        ctc_loss, factors = model.F.ctc_loss, 9 * [1] + [np.nan, 1]
+        watch(model.F, "ctc_loss", lambda *args: ctc_loss(*args) * factors.pop())
         assert "nan" not in run(f"{TUNE} --out x.pth", "=== epoch   1")
         factors[:] = 9 * [np.nan]
         run(f"{TUNE} --out x.pth", "not finite; lower --lr", fails=True)
@@ -542,17 +543,19 @@ class TestCommands:
     def test_a_fault_of_the_program_shows_its_traceback(self, run, monkeypatch):
         monkeypatch.setattr(sys, "stdout", mock.Mock(spec=["write", "flush"]))  # as Jupyter's
         predict.main(["--help"])
-        for target, name in ((data, "pil_to_tensor"), (crnn.CRNN, "__init__"), (crnn.F, "relu")):
+        for target, name in ((data, "pil_to_tensor"), (model.CRNN, "__init__"), (model.F, "relu")):
             with mock.patch.object(target, name, side_effect=ValueError("a typo")):
                 pytest.raises(ValueError, predict.main, ["crop.jpg"])
 
-    @cases("row", ALONE.splitlines())
-    def test_copied_scripts_work_alone(self, row):
+    def test_copied_scripts_work_alone(self):
         """Without assets/. Output may be full, closed, or ASCII alone."""
         for name in ("data", "model", "train", "evaluate", "predict"):
             shutil.copy(HERE / f"{name}.py", f"empty/{name}.py")
-        command, _, words = row.partition(": ")
-        command = f"cd empty; PYTHONIOENCODING=ascii {sys.executable} {command} 2> errors"
-        assert os.system(command) == 256 * bool(words)
-        said = Path("empty/errors").read_text()
-        assert words in said and "Traceback" not in said and "Exception" not in said
+        runs = []
+        for command, _, words in (row.partition(": ") for row in ALONE.splitlines()):
+            command = f"cd empty; PYTHONIOENCODING=ascii {sys.executable} {command}"
+            runs.append((subprocess.Popen(command, shell=True, stderr=subprocess.PIPE), words))
+        for process, words in runs:
+            said = process.communicate()[1].decode()
+            assert words in said and "Traceback" not in said and "Exception" not in said
+            assert process.returncode == bool(words)

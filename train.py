@@ -21,10 +21,11 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 import evaluate
-import model as crnn
+import model
 
 try:
     from assets import plates
@@ -35,10 +36,9 @@ except ImportError:  # train.py was copied without assets/: it can learn from cr
 SMALL = {
     "size": [32, 128],
     "bidirectional": True,
-    "hidden": 96,
-    "epochs": 32,
+    "epochs": 16,
     "batch_size": 64,
-    "lr": 2e-3,
+    "lr": 3e-3,
     "weight_decay": 0.02,
     "optimizer": "AdamW",
     "amsgrad": False,
@@ -53,7 +53,6 @@ SMALL = {
 NOTEBOOK = {
     "size": [96, 448],
     "bidirectional": False,
-    "hidden": 256,
     "epochs": 5,
     "batch_size": 128,
     "lr": 3e-4,
@@ -69,7 +68,7 @@ NOTEBOOK = {
     "augment": False,
 }
 RECIPES = {"small": SMALL, "notebook": NOTEBOOK}
-CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional", "hidden")  # the network's part
+CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
 MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
 MOST_VIEWS = 80  # a run shows each crop about so often at most, or it overfits
@@ -85,13 +84,13 @@ def parse_arguments(argv):
     add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=RECIPES, default="small", help="network and recipe")
-    add("--rnn", choices=crnn.RECURRENT, default="lstm", help="recurrent layer")
+    add("--rnn", choices=model.RECURRENT, default="lstm", help="recurrent layer")
     add("--bidirectional", action=switch, help="read both ways (default: only small)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: 32 128; notebook 96 448)")
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
-    add("--epochs", type=count, help="(default: 32; notebook 5)")
+    add("--epochs", type=count, help="(default: 16; notebook 5)")
     add("--batch-size", type=count, help="per process (default: 64; notebook 128)")
-    add("--lr", type=data.number(float, 1e-9, 1e9), help="peak (default: 2e-3; notebook 3e-4)")
+    add("--lr", type=data.number(float, 1e-9, 1e9), help="peak (default: 3e-3; notebook 3e-4)")
     add("--weight-decay", type=share, help="(default: 0.02; notebook 1e-4)")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops; notebook 0)")
     add("--augment", action=switch, help="augment crops (default: only small)")
@@ -101,18 +100,17 @@ def parse_arguments(argv):
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     data.machine_options(add)
     args = parser.parse_args(argv)
-    config = crnn.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
+    config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # a second time, now that we know whose defaults they are
     parser.set_defaults(**RECIPES[config["model"]] | config)
     args = parser.parse_args(argv)
-    for name in config:
-        if vars(args)[name] != config[name]:
-            raise data.InputError(f"{args.init}: has another --{name}; drop yours")
-    rows, columns = crnn.NETWORKS[args.model].multiples
-    height, width = args.size
-    if height % rows or width % columns or height < rows or width < 64:
-        sizes = f"multiples of {rows} and {columns}, at least {rows} x 64"
-        raise data.InputError(f"--size {height} {width}: give {sizes}")
+    changed = [name for name in config if vars(args)[name] != config[name]]
+    if changed:
+        raise data.InputError(f"{args.init}: has another --{changed[0]}; drop yours")
+    if not model.is_config(**{name: vars(args)[name] for name in CONFIG}):
+        rows, columns = model.NETWORKS[args.model].multiples
+        sizes = f"multiples of {rows} and {columns}, from {rows} 64 to 512 2048"
+        raise data.InputError(f"--size {' '.join(map(str, args.size))}: give {sizes}")
     args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
@@ -157,12 +155,16 @@ def province_prior(texts, alphabet):
     return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
 
 
-def validate(network, images, texts, precision):
-    """The scores of greedy reads of the validation set, and their mean loss, as a dict."""
+def validate(network, validation, precision):
+    """The scores of greedy reads of the validation set, and their mean loss, as a dict.
+
+    validation: pairs of images, uint8 (B, 3, H, W), and their texts."""
     alphabet = network.config["alphabet"]
-    logits = crnn.predict_logits(network, images, precision)
-    scores = evaluate.metrics(texts, crnn.greedy_decode(logits, alphabet))
-    return {**scores, "val_loss": crnn.ctc_loss(logits, texts, alphabet).item()}
+    images, texts = zip(*validation)
+    texts = sum(texts, [])
+    logits = model.predict_logits(network, torch.cat(images), precision)
+    scores = evaluate.metrics(texts, model.greedy_decode(logits, alphabet))
+    return {**scores, "val_loss": model.ctc_loss(logits, texts, alphabet).item()}
 
 
 def train(args):
@@ -170,8 +172,8 @@ def train(args):
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
     start = time.perf_counter()
-    device = crnn.pick_device(args.device)
-    precision = args.precision or crnn.pick_precision(device)
+    device = model.pick_device(args.device)
+    precision = args.precision or model.pick_precision(device)
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -185,54 +187,31 @@ def train(args):
     data.seed_all(args.seed)
     learnt = set()
     if args.init:
-        network, content = crnn.load_checkpoint(args.init)
+        network, content = model.load_checkpoint(args.init)
         learnt.update(content["learnt"].tolist())
     else:
-        network = crnn.build_network(**{name: vars(args)[name] for name in CONFIG})
+        network = model.build_network(**{name: vars(args)[name] for name in CONFIG})
     network = network.to(device, memory_format=torch.channels_last)
     parallel = network
     if world_size > 1:
         parallel = torch.nn.parallel.DistributedDataParallel(network)
-    optimizer = getattr(torch.optim, args.optimizer)(
-        network.parameters(),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        amsgrad=args.amsgrad,
-        fused=device.type != "mps",
-    )
-    # float16 loses small gradients, so the scaler enlarges the loss. In all precisions it skips
-    # the steps with non-finite gradients, on the device, which need not be waited for.
-    is_fp16 = precision == "fp16"
-    scaler = torch.amp.GradScaler(
-        device.type, 2.0**16 if is_fp16 else 1.0, growth_interval=2000 if is_fp16 else 10**9
-    )
-
-    def move(averaged, current, _):
-        # the first weights are far off, so the average first forgets them fast
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, max(1 / args.average, 9 / (9 + done)))
-
-    ema = torch.optim.swa_utils.AveragedModel(network, device, multi_avg_fn=move, use_buffers=True)
 
     # 3) the crops, decoded once: to each process its share, and to the first one those held out
     crops = []
     held_out = []
     if args.data:
         paths, texts = data.find_crops(data.split_folder(args.data, "train"), args.alphabet)
-        too_long = []
         for path, text in zip(paths, texts):
-            if crnn.steps_needed(text) > network.steps:
-                too_long.append(path)
-            else:
-                (held_out if data.is_held_out(text, args.val) else crops).append((path, text))
-        data.warn("labels left out, too long for the network's time steps", too_long)
+            if model.steps_needed(text) > network.steps:
+                raise data.InputError(f"{path}: too long for {network.steps} time steps; remove it")
+            (held_out if data.is_held_out(text, args.val) else crops).append((path, text))
         if len(crops) < world_size:
             raise data.InputError(f"{args.data}: too few crops to train on; add some")
     all_texts = [text for _, text in crops]
     learnt.update(map(data.hash_label, all_texts))
     fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
-    drawn = round(synthetic_share(len(crops), args) * args.batch_size)
-    num_crops = max(args.batch_size - drawn, min(1, len(crops)))  # in a batch
+    share = 1 - synthetic_share(len(crops), args)
+    num_crops = max(round(share * args.batch_size), min(1, len(crops)))  # in a batch
     drawn = args.batch_size - num_crops
     steps = EPOCH_IMAGES / args.batch_size / world_size
     steps = math.ceil(max(steps, len(crops) / max(1, num_crops) / world_size))
@@ -254,25 +233,37 @@ def train(args):
         validation.append(data.load_crops(*zip(*held_out), args.size))
     if rank == 0 and drawn:
         validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
-    if validation:
-        val_images = torch.cat([images for images, _ in validation])
-        val_texts = sum([texts for _, texts in validation], [])
 
-    # 4) resume
+    # 4) what learns: the optimizer, and the averaged weights, which short runs must forget fast
+    optimizer = getattr(torch.optim, args.optimizer)(
+        network.parameters(),
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        amsgrad=args.amsgrad,
+        fused=device.type != "mps",
+    )
+    # float16 loses small gradients, so the scaler enlarges the loss. In all precisions it skips
+    # the steps with non-finite gradients, on the device, which need not be waited for.
+    scaler = torch.amp.GradScaler(device.type)
+    decay = 1 - 1 / min(args.average, 1 + steps * args.epochs // 9)
+    ema = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    parts = (network, ema, optimizer, scaler)
+
+    # 5) resume
     epoch = done = 0  # whole epochs, steps
     best = [math.inf, math.inf]
     best_weights = {}
     history = []
     written = None  # when this run last wrote args.out
     if args.resume and os.path.lexists(args.out):
-        content = crnn.load_checkpoint(args.out)[1]
+        content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"][name] != vars(args)[name]}
         if not torch.equal(content["learnt"], fingerprint):
             changed.add("data")
         if changed - MAY_CHANGE or "resume" not in content:
             flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
             raise data.InputError(f"{args.out}: is not this run ({flags}); drop --resume")
-        for part, state in zip((network, ema, optimizer, scaler), content["resume"]):
+        for part, state in zip(parts, content["resume"]):
             part.load_state_dict(state)
         history = content["history"]
         best = content["best"]
@@ -287,23 +278,19 @@ def train(args):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         rounds = math.ceil(steps * num_crops / max(1, len(crops)))
-        # each crop once, then each again
-        order = torch.cat([torch.randperm(len(crops)) for _ in range(max(1, rounds))])
+        order = torch.randperm(rounds * len(crops)) % max(1, len(crops))  # each crop equally often
         losses = []
         lap = time.perf_counter()
         lap_step = 0
         for step in range(1, steps + 1):
-            # 5) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
+            # 6) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
             # follows from its place in the run.
             data.seed_all(args.seed, epoch, step, rank)
             images = []
             labels = []
             if num_crops:
                 chosen = order[(step - 1) * num_crops : step * num_crops]
-                batch = crops[chosen]
-                if device.type == "cuda":
-                    batch = batch.pin_memory()
-                batch = batch.to(device, non_blocking=True)
+                batch = crops[chosen].to(device, non_blocking=True)
                 if args.augment:
                     batch = data.camera(batch, args.size, data.CROP_STRENGTH)
                 images.append(batch)
@@ -313,13 +300,13 @@ def train(args):
                 images.append(batch)
                 labels += new
 
-            # 6) forward: half precision for the network alone, the loss needs float32
-            with crnn.autocast(device, precision):
+            # 7) forward: half precision for the network alone, the loss needs float32
+            with model.autocast(device, precision):
                 # through DistributedDataParallel, which averages the gradients of all processes
                 logits = parallel(torch.cat(images))  # (T, B, C)
-            loss = crnn.ctc_loss(logits + prior, labels, args.alphabet)
+            loss = model.ctc_loss(logits + prior, labels, args.alphabet)
 
-            # 7) backward and step
+            # 8) backward and step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done, steps * args.epochs, args)
             optimizer.zero_grad(set_to_none=True)
@@ -332,14 +319,14 @@ def train(args):
             done += 1
             ema.update_parameters(network)
 
-            # 8) log. A number is asked for only here: a GPU goes on meanwhile.
+            # 9) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
             seconds = max(1e-9, time.perf_counter() - lap)
             if done == 10 or step % 100 == 0 or step == steps or seconds > 30:
                 recent = torch.stack(losses[lap_step:])
                 if not recent.isfinite().any():
                     raise data.InputError("the loss is not finite; lower --lr and --resume")
-                scores = evaluate.metrics(labels, crnn.greedy_decode(logits, args.alphabet))
+                scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
                 speed = (step - lap_step) / seconds
                 data.say(
                     f"epoch {epoch + 1} step {step:5,}  loss {recent.nanmean():6.3f}  "
@@ -352,7 +339,7 @@ def train(args):
                 lap = time.perf_counter()
                 lap_step = step
 
-        # 9) validate the averaged weights, and keep the best: the first process does
+        # 10) validate the averaged weights, and keep the best: the first process does
         epoch += 1
         if rank > 0:
             continue
@@ -365,10 +352,10 @@ def train(args):
         score = [-epoch, 0.0]  # without a validation set the last weights are the best
         line = f"=== epoch {epoch:3}  loss {row['loss']:7.4f}  "
         if validation:
-            row.update(validate(ema.module.eval(), val_images, val_texts, precision))
+            row.update(validate(ema.module.eval(), validation, precision))
             score = [row["levenshtein"], row["val_loss"]]
             line += (
-                f"held out (greedy, {len(val_texts):,}): loss {row['val_loss']:.4f}  "
+                f"validation (greedy): loss {row['val_loss']:.4f}  "
                 f"accuracy {row['accuracy']:.4f}  CER {row['cer']:.5f}  "
                 f"Levenshtein {row['levenshtein']:.4f}  "
             )
@@ -387,10 +374,9 @@ def train(args):
             "best": best,
         }
         if epoch < args.epochs:
-            parts = (network, ema, optimizer, scaler)
             content["resume"] = [part.state_dict() for part in parts]
 
-        # 10) save all of it in one file. One that another run wrote is kept.
+        # 11) save all of it in one file. One that another run wrote is kept.
         if os.path.lexists(args.out) and os.stat(args.out).st_mtime_ns != written:
             earlier = f"{args.out}.bak"
             while os.path.lexists(earlier):

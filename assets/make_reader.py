@@ -23,14 +23,14 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import data
-import model as crnn
+import model
 import predict
 
 ASSETS = Path(__file__).parent
 
 
 def main(checkpoint):
-    _, content = crnn.load_checkpoint(checkpoint)
+    _, content = model.load_checkpoint(checkpoint)
     content["model"] = {name: value.half() for name, value in content["model"].items()}
     file = io.BytesIO()
     torch.save(content, file)

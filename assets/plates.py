@@ -28,18 +28,14 @@ CELL_W = 24  # pixels of one character in glyphs.png
 CELL_H = 48
 CHARACTER_WIDTH = 45  # mm, the same character
 CHARACTER_HEIGHT = 90
-OWN_FACE = range(0, 4)  # rows of glyphs.png: the plates' own characters in four widths of the pen
-GREEN_FACE = range(4, 8)  # green plates have a typeface of their own
-OTHER_FACES = 8  # ordinary typefaces begin at this row
+OTHER_FACES = 8  # ordinary typefaces begin at this row of glyphs.png
 
 # Blue plates are 440 mm wide and green ones 480, of which we draw 440 too, 11/12 as wide: the
-# camera makes one size of all plates anyway. A box is the left edge and width of a character.
+# camera makes one size of all plates anyway.
 WIDTH = 440
 HEIGHT = 140
 RIM = 20  # so much of the car is drawn around every plate
 EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
-SEVEN_BOXES = tuple((x, 45) for x in (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5))
-EIGHT_BOXES = tuple((x, 40) for x in (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5))
 BRIGHT = (0.75, 1.0)
 DARK = (0.0, 0.2)
 
@@ -52,11 +48,17 @@ class PlateType(NamedTuple):
     ink: tuple = DARK  # the darkest and the brightest grey of the characters and the border
     fade: float = 0.0  # how far the background turns white towards the top
     patterns: tuple = data.SEVEN
-    boxes: tuple = SEVEN_BOXES
-    faces: range = OWN_FACE
+    width: float = 45  # of a character
+    lefts: tuple = (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5)  # the characters' left edges
+    faces: range = range(0, 4)  # rows of glyphs.png: one typeface in four widths of the pen
 
 
-GREEN = {"fade": 1.0, "boxes": EIGHT_BOXES, "faces": GREEN_FACE}
+GREEN = {
+    "fade": 1.0,
+    "width": 40,
+    "lefts": (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
+    "faces": range(4, 8),  # green plates have a typeface of their own
+}
 PLATE_TYPES = (
     # blue: cars
     PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), BRIGHT),
@@ -113,8 +115,7 @@ def stamp(plate, mask, x, y, colour, mm):
     """Paint `colour` through a mask in [0, 1], its upper left corner at (x, y) mm."""
     left = round(x * mm)
     top = round(y * mm)
-    part = plate[:, :, top : top + mask.shape[-2], left : left + mask.shape[-1]]
-    part.lerp_(colour.expand_as(part), mask)
+    plate[:, :, top : top + mask.shape[-2], left : left + mask.shape[-1]].lerp_(colour, mask)
 
 
 def draw_surroundings(count, mm):
@@ -126,41 +127,37 @@ def draw_surroundings(count, mm):
     return colour * per_image(count) + (0.3 + 0.7 * per_image(count)) * blotches
 
 
-def draw_background(plate, plate_type, ink, mm):
+def draw_background(plate, kind, ink, mm):
     """The colour, on green plates white at the top, and the thin line along the edge, fainter on
     some plates."""
-    count, _, height, _ = plate.shape
-    darkest, brightest = on_device(plate_type.ground, plate.device).view(2, 3, 1, 1)
-    ground = darkest + (brightest - darkest) * per_image(count, 3)
-    fade = plate_type.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
-    ground = (ground + (0.9 - ground) * fade).expand_as(plate)
-    plate.copy_(ground)
+    count, _, height, width = plate.shape
+    darkest, brightest = on_device(kind.ground, plate.device).view(2, 3, 1, 1)
+    ground = darkest.lerp(brightest, per_image(count, 3))
+    fade = kind.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
+    plate[:] = ground + (0.9 - ground) * fade
     edge = round(random.uniform(3, 6) * mm)
     inner = edge + max(1, round(random.uniform(2, 5.5) * mm))
-    line = plate[:, :, edge:-edge, edge:-edge]
-    line.lerp_(ink.expand_as(line), per_image(count) ** 0.25)
-    plate[:, :, inner:-inner, inner:-inner] = ground[:, :, inner:-inner, inner:-inner]
+    line = torch.zeros(height, width)
+    line[edge:-edge, edge:-edge] = 1
+    line[inner:-inner, inner:-inner] = 0
+    plate.lerp_(ink, line * per_image(count) ** 0.25)
 
 
-def draw_characters(plate, plate_type, texts, ink, glyphs, mm):
+def draw_characters(plate, kind, texts, ink, glyphs, mm):
     """Stamp every character at its place, and the dot behind the second one."""
     codes = [[data.ALPHABET.index(char) for char in text] for text in texts]
-    faces = []
-    for _ in texts:
-        is_own = random.random() < OWN_SHARE
-        rows = plate_type.faces if is_own else range(OTHER_FACES, len(glyphs))
-        faces.append([random.choice(rows)])
+    other = range(OTHER_FACES, len(glyphs))
+    faces = [[random.choice(kind.faces if random.random() < OWN_SHARE else other)] for _ in texts]
     # (B, 1) and (B, length) choose (B, length, h, w)
     masks = glyphs[on_device(faces, plate.device), on_device(codes, plate.device)]
-    for place, (x, width) in enumerate(plate_type.boxes):
-        size = (masks.shape[2], round(width * mm))
-        mask = F.interpolate(masks[:, place : place + 1], size, mode="bilinear", antialias=True)
+    size = (masks.shape[2], round(kind.width * mm))
+    masks = F.interpolate(masks, size, mode="bilinear", antialias=True)
+    for mask, x in zip(masks.split(1, 1), kind.lefts):
         # characters are not pressed exactly in place
-        x = x + random.uniform(-1.5, 1.5)
-        stamp(plate, mask, x, random.uniform(23.5, 26.5), ink, mm)
+        stamp(plate, mask, x + random.uniform(-1.5, 1.5), random.uniform(23.5, 26.5), ink, mm)
     side = max(2, round(10 * mm))
-    gap = (sum(plate_type.boxes[1]) + plate_type.boxes[2][0]) / 2
     dot = per_image(len(texts)).expand(-1, 1, side, side)
+    gap = (kind.lefts[1] + kind.width + kind.lefts[2]) / 2
     stamp(plate, dot, gap - 5, 65, ink, mm)
 
 
@@ -168,28 +165,27 @@ def draw_screws(plate, mm):
     """Screws or seals in some of the four holes; they may cover a part of a character."""
     count = len(plate)
     size = random.uniform(8, 16)
-    x = linspace(-1, 1, max(3, round(size * mm)))
-    disc = (1.3 - x**2 - x.view(-1, 1) ** 2).clamp(0, 1)  # with a soft edge
-    for hole, lower in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (False, True)):
+    squares = linspace(-1, 1, max(3, round(size * mm))) ** 2
+    disc = (1.3 - squares - squares.view(-1, 1)).clamp(0, 1)  # with a soft edge
+    for x, y in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (6, HEIGHT - 6 - size)):
         is_there = per_image(count) < 0.4
         colour = per_image(count) * (1 - 0.4 * per_image(count, 3))
-        y = random.uniform(2, 9)
-        y = HEIGHT - size - y if lower else y
-        stamp(plate, disc * is_there, hole - size / 2 + random.uniform(-8, 8), y, colour, mm)
+        x = x - size / 2 + random.uniform(-8, 8)
+        stamp(plate, disc * is_there, x, y + random.uniform(-4, 4), colour, mm)
 
 
-def paint(plate_type, texts, glyphs):
+def paint(kind, texts, glyphs):
     """Plates of one type with a rim of car around them: float32 (B, 3, h, w), about in [0, 1]."""
     mm = glyphs.shape[2] / CHARACTER_HEIGHT
     count = len(texts)
     canvas = draw_surroundings(count, mm)
     rim = round(RIM * mm)
     plate = canvas[:, :, rim:-rim, rim:-rim]  # a view: what is drawn on it is on the canvas
-    darkest, brightest = plate_type.ink
+    darkest, brightest = kind.ink
     ink = darkest + (brightest - darkest) * per_image(count)
     ink = ink - 0.05 + 0.1 * per_image(count, 3)
-    draw_background(plate, plate_type, ink, mm)
-    draw_characters(plate, plate_type, texts, ink, glyphs, mm)
+    draw_background(plate, kind, ink, mm)
+    draw_characters(plate, kind, texts, ink, glyphs, mm)
     draw_screws(plate, mm)
     return canvas
 
@@ -215,12 +211,9 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
 
 
 def fixed_plates(count, seed, size):
-    """`count` drawn plates, the same for the same seed; the caller's random numbers go on."""
-    state = random.getstate()
-    with torch.random.fork_rng([]):
-        data.seed_all(seed)
-        parts = [draw_plates(min(64, count - k), size) for k in range(0, count, 64)]
-    random.setstate(state)
+    """`count` drawn plates, the same for the same seed. It seeds torch and Python anew."""
+    data.seed_all(seed)
+    parts = [draw_plates(min(64, count - k), size) for k in range(0, count, 64)]
     images, texts = zip(*parts)
     return torch.cat(images), sum(texts, [])
 
@@ -259,13 +252,11 @@ def sheet(pictures, columns=4):
 def show(out, folder=None, augmented=False):
     """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
     size = (48, 192)
-    crops = []
     if folder:
-        crops = list(zip(*data.find_crops(data.split_folder(folder, "train"))))
-    data.check_output(out, ".png", [path for path, _ in crops])
-    if crops:
-        crops = random.Random(0).sample(crops, min(24, len(crops)))
-        images, texts = data.load_crops(*zip(*crops), size)
+        paths, texts = data.find_crops(data.split_folder(folder, "train"))
+        some = slice(None, None, 1 + len(paths) // 25)
+        images, texts = data.load_crops(paths[some], texts[some], size)
+        data.check_output(out, ".png", paths)
     else:
         images, texts = fixed_plates(24, "show", size)
     if augmented:
@@ -275,10 +266,10 @@ def show(out, folder=None, augmented=False):
     print(f"{out}: {len(pairs)} labelled samples")
 
 
-def render(out, count, seed):
+def render(out, count):
     """Write drawn plates as JPEG files: nine tenths to out/train, the rest to out/test."""
     for start in range(0, count, 64):
-        plates = fixed_plates(min(64, count - start), f"render {seed} {start}", (80, 256))
+        plates = fixed_plates(min(64, count - start), f"render {start}", (80, 256))
         for k, (image, text) in enumerate(zip(*plates), start):
             folder = Path(out, "test" if k % 10 == 9 else "train")
             folder.mkdir(parents=True, exist_ok=True)
@@ -288,20 +279,19 @@ def render(out, count, seed):
 
 def main(argv=None):
     parser = data.make_parser("plates.py", __doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("show")
-    command.set_defaults(tool=show)
-    command.add_argument("out", help="the picture to write")
-    command.add_argument("folder", nargs="?", help="labelled crops (default: drawn plates)")
-    command.add_argument("--augmented", action="store_true", help="as training sees them")
-    command = commands.add_parser("render")
-    command.set_defaults(tool=render)
-    command.add_argument("out", help="the folder to write to")
-    command.add_argument("--count", type=data.number(int, 1, 10**6), default=1000)
-    command.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("command", choices=["show", "render"])
+    add("out", help="the picture, or the folder, to write")
+    add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
+    add("--augmented", action="store_true", help="show them as training sees them")
+    add("--count", type=data.number(int, 1, 10**6), default=1000, help="plates to render")
     with data.one_sentence():
-        options = vars(parser.parse_args(argv))
-        options.pop("tool")(**options)
+        args = parser.parse_args(argv)
+        if args.command == "render":
+            render(args.out, args.count)
+        else:
+            data.check_output(args.out, ".png")
+            show(args.out, args.folder, args.augmented)
 
 
 if __name__ == "__main__":
