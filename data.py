@@ -33,8 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import linspace, rand, randn
-from torchvision.io import decode_jpeg, encode_jpeg
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import jpeg, pil_to_tensor
 
 # ---------------------------------------------------------------------------------------
 # The alphabet
@@ -48,9 +47,9 @@ FUELS = "ABCDEFGHJK"  # the letters that tell how an electric car is driven
 # A plate pattern says for every place which characters may stand there: a tuple of strings.
 # The standard (GA 36-2018) allows at most two letters among the last five characters.
 SEVEN = tuple(
-    (PROVINCES, LETTERS) + tuple(LETTERS if k in places else DIGITS for k in range(5))
-    for count in range(3)
-    for places in itertools.combinations(range(5), count)
+    (PROVINCES, LETTERS, *last)
+    for last in itertools.product((DIGITS, LETTERS), repeat=5)
+    if last.count(LETTERS) <= 2
 )
 EIGHT = tuple((PROVINCES, LETTERS, FUELS, x) + 4 * (DIGITS,) for x in (DIGITS, LETTERS))
 EIGHT_LARGE = ((PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),)
@@ -65,11 +64,8 @@ def normalise(text):
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        try:
-            text = Path(text).read_text("utf-8-sig")
-        except (UnicodeDecodeError, OSError):
-            raise argparse.ArgumentTypeError(f"{text}: no such file of UTF-8 text") from None
-    characters = "".join(dict.fromkeys(normalise("".join(text.split()))))
+        text = Path(text).read_text("utf-8-sig")
+    characters = "".join(dict.fromkeys(normalise(text).replace(" ", "")))
     if not characters:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
     return characters
@@ -79,7 +75,7 @@ def read_alphabet(text):
 # Options, messages and files, for all scripts
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """An argparse type: an int or a float from `low` to `high`."""
 
     def parse(text):
@@ -177,7 +173,7 @@ def machine_options(add):
 
 # A plate that breaks a rule still teaches, so this is looser than PATTERNS. What ends in "~" is
 # a guess that nobody has confirmed (predict.py --label).
-PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])", re.I)
+PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
 SHORTENED = 'names hold more than one label; only what follows the last "-" was taken'
@@ -196,9 +192,9 @@ def parse_label(path, alphabet=ALPHABET):
     *parts, last = [name] if "-" in alphabet else name.split("-")
     if alphabet == ALPHABET:
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511H_2
-        plates = set(PLATE.findall(last)) or set(PLATE.findall(name))
+        plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
         if len(plates) == 1:
-            city, number = map(str.upper, plates.pop())
+            city, number = plates.pop()
             repaired = number.replace("O", "0").replace("I", "1")
             return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
@@ -238,11 +234,10 @@ def split_folder(root, split):
 
 
 def find_crops(folder, alphabet=ALPHABET):
-    """The labelled crops below `folder`: (paths, texts). Raises InputError if there are none.
+    """The labelled crops below `folder`: [(path, text), ...]. Raises InputError if there are none.
 
     stderr names the files without a label, and those whose label is odd."""
-    paths = []
-    texts = []
+    crops = []
     remarks = defaultdict(list)
     for path in list_images(folder):
         split = SPLITS.intersection(map(str.lower, path.relative_to(folder).parts[:-1]))
@@ -253,17 +248,18 @@ def find_crops(folder, alphabet=ALPHABET):
         if remark:
             remarks[remark].append(path)
         if text:
-            paths.append(path)
-            texts.append(text)
+            crops.append((path, text))
     for remark in remarks:
         warn(remark, remarks[remark])
-    if not paths:
+    if not crops:
         raise InputError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
-    return paths, texts
+    return crops
 
 
 def hash_label(text):
-    """An int32, the same in all processes. Labels mix up O and 0, I and 1: these count as equal."""
+    """A number that fits torch.int32, the same in all processes.
+
+    Labels mix up O and 0, I and 1: these count as equal."""
     return zlib.crc32(text.upper().replace("O", "0").replace("I", "1").encode()) - 2**31
 
 
@@ -334,26 +330,28 @@ def in_threads(function, *lists):
         yield from pool.map(functools.partial(attempt, function), *lists)
 
 
-def load_crops(paths, texts, size):
+def load_crops(crops, size):
     """All crops that can be read, decoded once: (uint8 (N, 3, *size), their N texts).
 
-    stderr names the others. Raises InputError if none can be read."""
-    # in a temporary file: what memory the system has is its cache, and nothing is left over
+    crops: [(path, text), ...]. stderr names those that cannot be read. Raises InputError if none
+    can."""
+    # On disk, so that there may be more than memory holds: the system caches what fits. The file
+    # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
-        crops = np.memmap(file, np.uint8, "w+", shape=(len(paths), 3, *size))
+        images = np.memmap(file, np.uint8, "w+", shape=(len(crops), 3, *size))
+    paths, texts = zip(*crops)
     kept = []
     errors = []
-    images = in_threads(functools.partial(load_image, size=size), paths)
-    for text, image in zip(texts, images):
+    for text, image in zip(texts, in_threads(functools.partial(load_image, size=size), paths)):
         if isinstance(image, InputError):
             errors.append(image)
         else:
-            crops[len(kept)] = image
+            images[len(kept)] = image
             kept.append(text)
     warn("files left out", errors)
     if not kept:
         raise InputError(f"{paths[0]}: no crop there can be read; check the files")
-    return torch.from_numpy(crops)[: len(kept)], kept
+    return torch.from_numpy(images)[: len(kept)], kept
 
 
 def seed_all(*counters):
@@ -370,7 +368,6 @@ def seed_all(*counters):
 # a little worse than perfect, and a few are very bad.
 
 CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
-HANDFUL = {"cpu": 16, "cuda": 64}  # images that share a lens: few fit a cache, many fill a GPU
 
 
 def lying_on(device):
@@ -386,8 +383,10 @@ def pair(x, y):
 def warp(images, size, strength, extent):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
-    We look for the corners of the picture on the plate, which is [-1, 1] both ways. The plate
-    hangs at an angle, and a detector cut it out by the box around it, or nearly so."""
+    The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so.
+    grid_sample asks for each pixel of the picture where on the plate it comes from, so all here is
+    the inverse of what happens: from the corners of the picture back to the plate, which is
+    [-1, 1] both ways."""
     count = len(images)
     ends = linspace(-1, 1, 2)
     corners = torch.stack(torch.meshgrid(ends, ends, indexing="xy"))  # (2, 2, 2): x, then y
@@ -398,10 +397,11 @@ def warp(images, size, strength, extent):
     zoom = 1 + strength * (pair(0.15, 0.55) * rand(count, 2, 1, 1) - pair(0.05, 0.10))
     # all corners move, and each by itself
     move = 0.04 * strength * (randn(count, 2, 1, 1) + randn(count, 2, 2, 2))
-    # from the corners of the box back to the plate
+    # flip exchanges x and y
     corners = pair(*extent) * ((box - slant * box.flip(1)) / zoom + move)
     grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
-    # every stroke is a little out of place, so that the network cannot overfit to exact shapes
+    # A coarse net of 6 x 20 bends: every stroke is a little out of place, so that the network
+    # cannot overfit to exact shapes.
     bend = strength * pair(0.010, 0.025) * rand(count, 1, 1, 1) * randn(count, 2, 6, 20)
     grid = grid + F.interpolate(bend, size, mode="bilinear")
     grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
@@ -416,7 +416,7 @@ def relight(images, strength):
     mix = torch.eye(3).lerp(grey, strength * rand(count, 1, 1) ** 2)
     mix = mix + 0.15 * strength * randn(count, 3, 3)
     exposure = strength * (0.45 * randn(count, 1, 1) + 0.25 * randn(count, 1, 3))
-    images = (mix * exposure.exp() @ images.flatten(2)).view_as(images)
+    images = ((mix * exposure.exp()) @ images.flatten(2)).view_as(images)
     # a smooth field of light, which burns out where it is brightest
     light = F.interpolate(randn(count, 1, 2, 3), images.shape[2:], mode="bilinear")
     images = images * (0.3 * strength * light).exp() + strength * (0.5 * light - 0.5).clamp(min=0)
@@ -425,7 +425,8 @@ def relight(images, strength):
 
 
 def blur(images, strength):
-    """The lens: out of focus, moved along a line while it was open, and sharpened in the camera."""
+    """The lens, one for all images: out of focus, moved along a line while it was open, and
+    sharpened in the camera."""
     pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
     across = 0.15 + pixels * (0.6 * random.random() ** 3 + 1.6 * random.random() ** 10)
     along = across + pixels * 3.5 * random.random() ** 10
@@ -458,8 +459,7 @@ def photograph(images, size, strength, extent):
     if random.random() < 0.6 * strength:
         quality = random.randint(35, 95)
         pixels = images.to("cpu", torch.uint8)  # the encoder is a CPU's
-        pictures = [decode_jpeg(encode_jpeg(image, quality)) for image in pixels]
-        images = torch.stack(pictures).to(images.device, torch.float32, non_blocking=True)
+        images = jpeg(pixels, quality).to(images.device, torch.float32, non_blocking=True)
     return F.interpolate(images, size, mode="bilinear").round().to(torch.uint8)
 
 
@@ -470,7 +470,8 @@ def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
     width and height that the plate takes."""
     if images.dtype == torch.uint8:
         images = images / 255
-    handfuls = images.split(HANDFUL[images.device.type])
+    # images that share a lens: few fit into a CPU's cache, many fill a GPU
+    handfuls = images.split(16 if images.device.type == "cpu" else 64)
     with lying_on(images.device):
         return torch.cat([photograph(some, size, strength, extent) for some in handfuls])
 
@@ -507,16 +508,13 @@ def audit(folder, alphabet=ALPHABET):
     wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
     texts = sum(splits.values(), [])
     counts = Counter("".join(texts))
-    facts = {
-        "images": {split: len(some) for split, some in splits.items()},
-        "lengths": dict(Counter(map(len, texts))),
-        "characters": {char: counts[char] for char in alphabet},  # 0 for one that is never seen
-    }
+    print("images", {split: len(some) for split, some in splits.items()})
+    print("lengths", dict(Counter(map(len, texts))))
+    print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
     # the least, the median and the largest
-    sizes = np.quantile(list(first) or [(0, 0, 0)], (0, 0.5, 1), axis=0).T.tolist()
-    facts["widths"], facts["heights"], _ = sizes
-    for fact in facts.items():
-        print(*fact)
+    widths, heights, _ = np.quantile(list(first) or [(0, 0, 0)], (0, 0.5, 1), axis=0).T.tolist()
+    print("widths", widths)
+    print("heights", heights)
     for remark, offenders in wrong.items():
         print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
     return is_good
@@ -559,7 +557,8 @@ def crop(frames, out, rectify=False):
     """Cut the plates out of all CCPD photographs below `frames`, to out/.../FRAME-PLATE.jpg.
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
-    paths = [path for path in list_images(frames) if not path.is_relative_to(out)]
+    target = Path(out).resolve()
+    paths = [path for path in list_images(frames) if not path.resolve().is_relative_to(target)]
     if not paths:
         raise InputError(f"{frames}: no photographs in it, outside {out}; name another folder")
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]

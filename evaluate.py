@@ -92,7 +92,7 @@ def calibration_error(confidences, rights):
     excess = Counter()
     for confidence, is_right in zip(confidences, rights):
         # summed over a bin this is its confidences less its right reads
-        excess[math.ceil(10 * confidence)] += confidence - is_right
+        excess[min(9, int(10 * confidence))] += confidence - is_right
     return sum(map(abs, excess.values())) / len(rights)
 
 
@@ -139,16 +139,17 @@ def choose_images(root, split, content, learnt):
         images, texts = plates.fixed_plates(*plates.TEST, config["size"])
         return list(images.permute(0, 2, 3, 1).numpy()), texts, "drawn plates"
     folder = data.split_folder(root or learnt_from, split)
-    paths, texts = data.find_crops(folder, config["alphabet"])
+    crops = data.find_crops(folder, config["alphabet"])
     title = f"images of {folder}"
     may_be_learnt = split != "train" and learnt_from and os.path.isdir(learnt_from)
-    if may_be_learnt and folder.resolve().is_relative_to(data.split_folder(learnt_from, "train")):
-        crops = [crop for crop in zip(paths, texts) if data.hash_label(crop[1]) not in learnt]
+    if may_be_learnt and folder.resolve().is_relative_to(
+        data.split_folder(learnt_from, "train").resolve()
+    ):
+        crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
         if not crops:
             raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
-        paths, texts = zip(*crops)
         title += " that training held out"
-    return paths, texts, title
+    return *zip(*crops), title
 
 
 def evaluate(
@@ -180,8 +181,7 @@ def evaluate(
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    bins = [math.ceil(10 * confidence) for confidence in confidences]
-    firsts = [true[0] for true in trues]
+    bins = [min(9, int(10 * confidence)) for confidence in confidences]
     decoding = "greedy"
     if predict.plate_patterns(network, grammar):
         decoding = "best plate, three views if unsure"
@@ -194,7 +194,7 @@ def evaluate(
         "calibration_error": calibration_error(confidences, rights),
         "by_confidence": count_right(zip(bins, rights)),
         "by_position": count_right((k, a == b) for k, (a, b) in matches(trues, preds)),
-        "by_first": count_right(zip(firsts, rights)),
+        "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
         "by_training": count_right(zip(seen, rights)),
         "confusions": confusions(trues, preds).most_common(20),
         "history": content["history"],
@@ -260,10 +260,11 @@ def error_picture(result):
     return plates.sheet(pictures, 1)
 
 
-HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8"><title>Report</title><style>
-body { font-family: sans-serif } pre { white-space: pre-wrap }
-svg { width: 420px; height: 150px; border: 1px solid silver }
-polyline { fill: none; stroke: royalblue; vector-effect: non-scaling-stroke }
+HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Report</title><style>
+pre { white-space: pre-wrap }
+svg { width: 420px; height: 150px; border: 1px solid }
+polyline { fill: none; stroke: blue; vector-effect: non-scaling-stroke }
 </style>"""
 
 
@@ -285,7 +286,7 @@ def write_report(folder, scores):
     page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
     bins = scores["by_confidence"].items()
     counts = ", ".join(str(n) for _, (_, n) in bins)
-    points = [(k - 0.5, right / n) for k, (right, n) in bins]
+    points = [(k + 0.5, right / n) for k, (right, n) in bins]
     page += chart(f"Share of right reads by confidence, of {counts} reads", points)
     for key in ("loss", "accuracy", "cer"):
         points = [(row["images"], row[key]) for row in scores["history"] if key in row]

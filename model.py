@@ -13,6 +13,7 @@ Copy this file into any project; it imports no other of ours.
 """
 
 import functools
+import itertools
 import os
 import timeit
 from collections import defaultdict
@@ -169,8 +170,6 @@ def ctc_loss(logits, texts, alphabet, reduction="mean"):
     alignments to the T steps (Graves et al., 2006); inf if the string needs more than T steps."""
     # float32: sums over alignments do not survive half precision
     log_probs = logits.float().log_softmax(2)
-    if log_probs.device.type == "mps":  # which has no CTC loss
-        log_probs = log_probs.cpu()
     # on the CPU, so that no GPU is waited for
     targets = torch.tensor([alphabet.index(char) + 1 for char in "".join(texts)])
     lengths = torch.tensor([len(text) for text in texts])
@@ -191,16 +190,10 @@ def probabilities(logits, texts, alphabet):
 
 def greedy_decode(logits, alphabet):
     """The best path of each image, repeats merged, blanks dropped: (T, B, C) to B strings."""
-    texts = []
-    for path in logits.argmax(2).T.tolist():  # the best class of each time step
-        text = ""
-        previous = BLANK
-        for current in path:
-            if current not in (previous, BLANK):
-                text += alphabet[current - 1]
-            previous = current
-        texts.append(text)
-    return texts
+    return [
+        "".join(alphabet[c - 1] for c, _ in itertools.groupby(path) if c != BLANK)
+        for path in logits.argmax(2).T.tolist()  # the best class of each time step
+    ]
 
 
 def is_plate(text, patterns):
@@ -225,30 +218,30 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
     # as shares of the step's best: products of many small numbers would come to 0
     shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
     for step_shares, top_classes in zip(shares.tolist(), likeliest.tolist()):
-        longer = defaultdict(lambda: [0.0, 0.0])
+        following = defaultdict(lambda: [0.0, 0.0])
         for c in {BLANK, *top_classes}:
             share = step_shares[c]
-            # the blank always: where no plate can go on with any other, it passes over the step
+            # the blank always: if no character fits the patterns here, it carries the prefix on
             if share < 1e-3 and c != BLANK:
                 continue
             for prefix, (ends_blank, ends_char) in beams.items():
-                before = ends_blank + ends_char
+                so_far = ends_blank + ends_char
                 if c == BLANK:
-                    longer[prefix][0] += before * share
+                    following[prefix][0] += so_far * share
                     continue
                 char = alphabet[c - 1]
                 if prefix[-1:] == char:
                     # the same character goes on; a new one needs a blank between
-                    longer[prefix][1] += ends_char * share
-                    before = ends_blank
+                    following[prefix][1] += ends_char * share
+                    so_far = ends_blank
                 text = prefix + char
                 if text not in fitting:
                     k = len(prefix)
                     fitting[text] = [p for p in fitting[prefix] if k < len(p) and char in p[k]]
                 if fitting[text] or not patterns:
-                    longer[text][1] += before * share
-        best = sorted(longer, key=lambda prefix: -sum(longer[prefix]))
-        beams = {prefix: longer[prefix] for prefix in best[:beam_width]}
+                    following[text][1] += so_far * share
+        best = sorted(following, key=lambda prefix: -sum(following[prefix]))
+        beams = {prefix: following[prefix] for prefix in best[:beam_width]}
     return [text for text in beams if not patterns or is_plate(text, patterns)]
 
 
@@ -270,10 +263,8 @@ def candidates(views, texts, alphabet):
 
 
 def pick_device(name=None):
-    """The device called `name`, or the first there is of CUDA, Apple's MPS and the CPU."""
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+    """The device called `name`, or CUDA where there is one, or the CPU."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch built without CUDA asserts
@@ -286,14 +277,10 @@ def pick_precision(device):
     if device.type == "cuda":
         # bf16 that an older GPU emulates is slower than fp16
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        # other CPUs imitate bf16 at a fifth of their float32 speed
-        seconds = []
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.ones(512, 512, dtype=dtype)
-            seconds.append(min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)))
-        return "bf16" if seconds[1] < seconds[0] / 1.3 else "fp32"
-    return "fp32"
+    # many CPUs imitate bf16 at a fifth of their float32 speed
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in matrices)
+    return "bf16" if bf16 < fp32 / 1.3 else "fp32"
 
 
 def autocast(device, precision):
@@ -306,7 +293,7 @@ def images_at_once(network):
     """How many images a network reads best at a time on its device."""
     height, width = network.config["size"]
     is_cpu = network.fc.weight.device.type == "cpu"
-    # so few that all activations stay in a CPU's cache
+    # pixels so few that all activations stay in a CPU's cache
     return max(1, 350_000 // (height * width)) if is_cpu else 256
 
 

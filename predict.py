@@ -175,7 +175,7 @@ def read_all(sources, size, network, *options):
         raise failure
 
 
-def adapt_to_place(reads, rounds=20):
+def adapt_to_place(reads):
     """Reads weighed by how common their provinces and cities are among all the reads of a place.
 
     A network that learnt from all provinces alike gives a posterior under an even prior. Where a
@@ -186,7 +186,7 @@ def adapt_to_place(reads, rounds=20):
     if len(reads) < 5:  # of which nobody can tell what is common
         return reads
     adapted = reads
-    for _ in range(rounds):
+    for _ in range(20):
         # how many plates begin with a province, and with it and a city's letter, by expectation
         counts = Counter()
         for read in adapted:
@@ -291,8 +291,9 @@ def export(network, out):
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     file = io.BytesIO()
     if is_onnx:  # needs onnx and onnxscript, and says so
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        onnx = torch.onnx.export(program, dynamo=True, **names)
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["logits"]
+        )
         onnx.model.metadata_props["facts.json"] = facts
         file.write(onnx.model_proto.SerializeToString())
     else:
@@ -313,19 +314,19 @@ def reading_options(add):
 
 def keep(path, result, folder, number, above):
     """Copy a crop to `folder`, named by its plate; to folder/unsure if it is less sure."""
-    is_sure = result.confidence >= above
-    # "~" marks a guess, which training leaves out until a person corrects the name
-    name = f"{number:06}-{result.plate}{'' if is_sure else '~'}{Path(path).suffix}"
-    target = Path(folder, "" if is_sure else "unsure", name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+    mark = ""
+    if result.confidence < above:
+        folder = Path(folder, "unsure")
+        mark = "~"  # a guess, which training leaves out until a person corrects the name
+    os.makedirs(folder, exist_ok=True)
+    shutil.copyfile(path, Path(folder, f"{number:06}-{result.plate}{mark}{Path(path).suffix}"))
 
 
 def main(argv=None):
     parser = data.make_parser("predict.py", __doc__)
     add = parser.add_argument
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
-    add("--top", type=data.number(int, 1, 1000), default=1, help="print the K likeliest plates")
+    add("--top", type=data.between(int, 1, 1000), default=1, help="print the K likeliest plates")
     add("--label", metavar="OUT", help="copy the crops to OUT, named by what was read")
     add("--above", type=float, default=0.9, help="those less sure go to OUT/unsure (%(default)s)")
     add("--explain", metavar="OUT.png", help="draw how the first image was read")

@@ -21,7 +21,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import data
 import evaluate
@@ -79,8 +79,8 @@ def parse_arguments(argv):
     parser = data.make_parser("train.py", __doc__)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    count = data.number(int, 1, 10**6)
-    share = data.number(float, 0, 1)
+    count = data.between(int, 1, 10**6)
+    share = data.between(float, 0, 1)
     add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=RECIPES, default="small", help="network and recipe")
@@ -90,7 +90,7 @@ def parse_arguments(argv):
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
     add("--epochs", type=count, help="(default: 16; notebook 5)")
     add("--batch-size", type=count, help="per process (default: 64; notebook 128)")
-    add("--lr", type=data.number(float, 1e-9, 1e9), help="peak (default: 3e-3; notebook 3e-4)")
+    add("--lr", type=data.between(float, 1e-9, 1e9), help="peak (default: 3e-3; notebook 3e-4)")
     add("--weight-decay", type=share, help="(default: 0.02; notebook 1e-4)")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops; notebook 0)")
     add("--augment", action=switch, help="augment crops (default: only small)")
@@ -101,16 +101,15 @@ def parse_arguments(argv):
     data.machine_options(add)
     args = parser.parse_args(argv)
     config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
-    # a second time, now that we know whose defaults they are
+    # Again: now the values of the recipe, or of the checkpoint, are the defaults.
     parser.set_defaults(**RECIPES[config["model"]] | config)
     args = parser.parse_args(argv)
     changed = [name for name in config if vars(args)[name] != config[name]]
     if changed:
         raise data.InputError(f"{args.init}: has another --{changed[0]}; drop yours")
     if not model.is_config(**{name: vars(args)[name] for name in CONFIG}):
-        rows, columns = model.NETWORKS[args.model].multiples
-        sizes = f"multiples of {rows} and {columns}, from {rows} 64 to 512 2048"
-        raise data.InputError(f"--size {' '.join(map(str, args.size))}: give {sizes}")
+        multiples = model.NETWORKS[args.model].multiples
+        raise data.InputError(f"--size {args.size}: give multiples of {multiples}, to 512 2048")
     args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
@@ -183,7 +182,7 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
 
-    # 2) the network, and what learns
+    # 2) the network
     data.seed_all(args.seed)
     learnt = set()
     if args.init:
@@ -192,61 +191,64 @@ def train(args):
     else:
         network = model.build_network(**{name: vars(args)[name] for name in CONFIG})
     network = network.to(device, memory_format=torch.channels_last)
-    parallel = network
-    if world_size > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(network)
+    # gradients averaged over all processes
+    parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
 
     # 3) the crops, decoded once: to each process its share, and to the first one those held out
-    crops = []
+    labelled = []
     held_out = []
     if args.data:
-        paths, texts = data.find_crops(data.split_folder(args.data, "train"), args.alphabet)
-        for path, text in zip(paths, texts):
+        for path, text in data.find_crops(data.split_folder(args.data, "train"), args.alphabet):
             if model.steps_needed(text) > network.steps:
                 raise data.InputError(f"{path}: too long for {network.steps} time steps; remove it")
-            (held_out if data.is_held_out(text, args.val) else crops).append((path, text))
-        if len(crops) < world_size:
+            (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
+        if len(labelled) < world_size:
             raise data.InputError(f"{args.data}: too few crops to train on; add some")
-    all_texts = [text for _, text in crops]
+    all_texts = [text for _, text in labelled]
     learnt.update(map(data.hash_label, all_texts))
     fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
-    share = 1 - synthetic_share(len(crops), args)
-    num_crops = max(round(share * args.batch_size), min(1, len(crops)))  # in a batch
-    drawn = args.batch_size - num_crops
-    steps = EPOCH_IMAGES / args.batch_size / world_size
-    steps = math.ceil(max(steps, len(crops) / max(1, num_crops) / world_size))
+    crop_share = 1 - synthetic_share(len(labelled), args)
+    num_crops = max(round(crop_share * args.batch_size), min(1, len(labelled)))  # in a batch
+    num_drawn = args.batch_size - num_crops
+    batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
+    steps = math.ceil(batches / world_size)  # in an epoch
     data.say(
         f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
         f"{device} {precision}, {world_size} process(es)\n"
-        f"training on {len(crops):,} crops, {drawn / args.batch_size:.0%} of the images drawn; "
-        f"{len(held_out):,} crops held out\n"
+        f"training on {len(labelled):,} crops, {num_drawn / args.batch_size:.0%} of the images "
+        f"drawn; {len(held_out):,} crops held out\n"
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
     prior = torch.zeros(args.batch_size, len(args.alphabet) + 1)
     if args.prior:
         prior[:num_crops] = province_prior(all_texts, args.alphabet)
     prior = prior.to(device)
-    if crops:
-        crops, texts = data.load_crops(*zip(*crops[rank::world_size]), args.size)
+    if labelled:
+        crops, texts = data.load_crops(labelled[rank::world_size], args.size)
     validation = []
     if rank == 0 and held_out:
-        validation.append(data.load_crops(*zip(*held_out), args.size))
-    if rank == 0 and drawn:
+        validation.append(data.load_crops(held_out, args.size))
+    if rank == 0 and num_drawn:
         validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
 
-    # 4) what learns: the optimizer, and the averaged weights, which short runs must forget fast
+    # 4) the optimizer, and the averaged weights
     optimizer = getattr(torch.optim, args.optimizer)(
         network.parameters(),
         lr=args.lr,
         weight_decay=args.weight_decay,
         amsgrad=args.amsgrad,
-        fused=device.type != "mps",
+        fused=True,
     )
     # float16 loses small gradients, so the scaler enlarges the loss. In all precisions it skips
     # the steps with non-finite gradients, on the device, which need not be waited for.
     scaler = torch.amp.GradScaler(device.type)
-    decay = 1 - 1 / min(args.average, 1 + steps * args.epochs // 9)
-    ema = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def move(averaged, current, _):
+        # the first weights are far off, so the average first forgets them fast
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, max(1 / args.average, 9 / (9 + done)))
+
+    ema = AveragedModel(network, device, multi_avg_fn=move, use_buffers=True)
     parts = (network, ema, optimizer, scaler)
 
     # 5) resume
@@ -257,7 +259,7 @@ def train(args):
     written = None  # when this run last wrote args.out
     if args.resume and os.path.lexists(args.out):
         content = model.load_checkpoint(args.out)[1]
-        changed = {name for name in vars(args) if content["args"][name] != vars(args)[name]}
+        changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         if not torch.equal(content["learnt"], fingerprint):
             changed.add("data")
         if changed - MAY_CHANGE or "resume" not in content:
@@ -277,8 +279,9 @@ def train(args):
     while epoch < args.epochs:
         network.train()
         data.seed_all(args.seed, epoch, rank)
-        rounds = math.ceil(steps * num_crops / max(1, len(crops)))
-        order = torch.randperm(rounds * len(crops)) % max(1, len(crops))  # each crop equally often
+        if labelled:
+            rounds = math.ceil(steps * num_crops / len(crops))
+            order = torch.randperm(rounds * len(crops)) % len(crops)  # each crop equally often
         losses = []
         lap = time.perf_counter()
         lap_step = 0
@@ -295,14 +298,13 @@ def train(args):
                     batch = data.camera(batch, args.size, data.CROP_STRENGTH)
                 images.append(batch)
                 labels += [texts[k] for k in chosen.tolist()]
-            if drawn:
-                batch, new = plates.draw_plates(drawn, args.size, plates.PRACTICE, device)
+            if num_drawn:
+                batch, new = plates.draw_plates(num_drawn, args.size, plates.PRACTICE, device)
                 images.append(batch)
                 labels += new
 
             # 7) forward: half precision for the network alone, the loss needs float32
             with model.autocast(device, precision):
-                # through DistributedDataParallel, which averages the gradients of all processes
                 logits = parallel(torch.cat(images))  # (T, B, C)
             loss = model.ctc_loss(logits + prior, labels, args.alphabet)
 
@@ -342,7 +344,7 @@ def train(args):
         # 10) validate the averaged weights, and keep the best: the first process does
         epoch += 1
         if rank > 0:
-            continue
+            continue  # to the first step of the next epoch, which waits for the first process
         row = {
             "epoch": epoch,
             "images": done * args.batch_size * world_size,

@@ -34,7 +34,7 @@ OTHER_FACES = 8  # ordinary typefaces begin at this row of glyphs.png
 # camera makes one size of all plates anyway.
 WIDTH = 440
 HEIGHT = 140
-RIM = 20  # so much of the car is drawn around every plate
+RIM = 20  # so much of the car is drawn around every plate; the 480 of a green one is by chance
 EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
 BRIGHT = (0.75, 1.0)
 DARK = (0.0, 0.2)
@@ -70,9 +70,9 @@ PLATE_TYPES = (
     # white: police
     PlateType(0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
 )
-OWN_SHARE = 0.9  # of the plates have the characters of real plates, the others ordinary typefaces
+OWN_SHARE = 0.9  # nine of ten plates have the official characters, the rest ordinary typefaces
 PRACTICE = 0.5  # of the strings that training draws, see random_text
-VALIDATION = (1000, "validation")  # plates, and their seed: training's seeds are never strings
+VALIDATION = (1000, "validation")  # how many, and their seed: training's seeds are no strings
 TEST = (2000, "test")
 
 # ---------------------------------------------------------------------------------------
@@ -253,10 +253,9 @@ def show(out, folder=None, augmented=False):
     """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
     size = (48, 192)
     if folder:
-        paths, texts = data.find_crops(data.split_folder(folder, "train"))
-        some = slice(None, None, 1 + len(paths) // 25)
-        images, texts = data.load_crops(paths[some], texts[some], size)
-        data.check_output(out, ".png", paths)
+        crops = data.find_crops(data.split_folder(folder, "train"))
+        data.check_output(out, ".png", [path for path, _ in crops])
+        images, texts = data.load_crops(crops[:: max(1, len(crops) // 24)][:24], size)
     else:
         images, texts = fixed_plates(24, "show", size)
     if augmented:
@@ -268,12 +267,11 @@ def show(out, folder=None, augmented=False):
 
 def render(out, count):
     """Write drawn plates as JPEG files: nine tenths to out/train, the rest to out/test."""
-    for start in range(0, count, 64):
-        plates = fixed_plates(min(64, count - start), f"render {start}", (80, 256))
-        for k, (image, text) in enumerate(zip(*plates), start):
-            folder = Path(out, "test" if k % 10 == 9 else "train")
-            folder.mkdir(parents=True, exist_ok=True)
-            to_pil_image(image).save(folder / f"{k:07}-{text}.jpg", quality=95)
+    for k in range(count):
+        (image,), (text,) = fixed_plates(1, f"render {k}", (80, 256))
+        folder = Path(out, "test" if k % 10 == 9 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(folder / f"{k:07}-{text}.jpg", quality=95)
     print(f"{out}: {count:,} drawn plates")
 
 
@@ -284,7 +282,7 @@ def main(argv=None):
     add("out", help="the picture, or the folder, to write")
     add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
     add("--augmented", action="store_true", help="show them as training sees them")
-    add("--count", type=data.number(int, 1, 10**6), default=1000, help="plates to render")
+    add("--count", type=data.between(int, 1, 10**6), default=1000, help="plates to render")
     with data.one_sentence():
         args = parser.parse_args(argv)
         if args.command == "render":
