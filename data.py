@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -138,9 +139,9 @@ def check_output(path, suffix, inputs=()):
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
     path = Path(path).resolve()
-    is_file = path.suffix == suffix and path.parent.is_dir() and not path.is_dir()
+    is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
     if not is_file or path in [Path(source).resolve() for source in inputs]:
-        raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder there is")
+        raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
 def write_file(path, content):
@@ -276,7 +277,7 @@ def is_held_out(text, share):
 # what Pillow raises for broken files and odd arrays; anything else is a fault of ours
 PILLOW_ERRORS = (
     *(OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError),
-    *(NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
@@ -297,16 +298,16 @@ def open_image(source):
         else:
             raise FileNotFoundError("no such file")
         image = ImageOps.exif_transpose(image)  # decodes it
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we stretch
+            pixels = np.nan_to_num(np.asarray(image, np.float32))
+            pixels = np.interp(pixels, (pixels.min(), pixels.max()), (0, 255))
+            image = Image.fromarray(pixels.astype(np.uint8))
+        return image.convert("RGB")
     except PILLOW_ERRORS as error:
         is_path = isinstance(source, (str, os.PathLike))
         name = printable(source) if is_path else type(source).__name__
         what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
         raise InputError(f"{name}: {what} ({printable(error)[:100]})") from None
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we stretch
-        pixels = np.nan_to_num(np.asarray(image, np.float64))
-        pixels = np.interp(pixels, (pixels.min(), pixels.max()), (0, 255))
-        image = Image.fromarray(pixels.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def load_image(source, size):
@@ -335,10 +336,14 @@ def load_crops(crops, size):
 
     crops: [(path, text), ...]. stderr names those that cannot be read. Raises InputError if none
     can."""
+    shape = (len(crops), 3, *size)
+    disk = tempfile.gettempdir()
+    if shutil.disk_usage(disk).free < math.prod(shape):
+        raise InputError(f"{disk}: too small for the crops; set TMPDIR to a folder with more space")
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
-        images = np.memmap(file, np.uint8, "w+", shape=(len(crops), 3, *size))
+        images = np.memmap(file, np.uint8, "w+", shape=shape)
     paths, texts = zip(*crops)
     kept = []
     errors = []

@@ -243,7 +243,7 @@ def write_table(path, results):
     table.writerow(["filename", "true", "pred", "confidence", "same"])
     for name, true, pred, confidence, _ in results:
         # a spreadsheet would take these for a formula
-        cells = ["'" * (cell[:1] in {*"=+-@"}) + cell for cell in (name, true, pred)]
+        cells = ["'" * (cell[:1] in {*"=+-@\t\r"}) + cell for cell in (name, true, pred)]
         table.writerow([*cells, f"{confidence:.6f}", true == pred])
     # utf-8-sig: spreadsheets look for its mark; surrogateescape: a name may be no UTF-8
     data.write_file(path, file.getvalue().encode("utf-8-sig", "surrogateescape"))

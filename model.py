@@ -16,6 +16,7 @@ import functools
 import itertools
 import os
 import timeit
+import zipfile
 from collections import defaultdict
 
 import torch
@@ -322,8 +323,9 @@ def is_config(model, alphabet, size, rnn, bidirectional):
     rows, columns = NETWORKS[model].multiples
     height, width = size
     fits = height in range(rows, 513, rows) and width in range(64, 2049, columns)
-    types = isinstance(alphabet, str) and isinstance(bidirectional, bool)
-    return fits and types and rnn in RECURRENT
+    # a read may become the name of a file, and a line on a terminal
+    is_text = alphabet.isprintable() and not set(alphabet) & set("/\\")
+    return fits and is_text and rnn in RECURRENT and isinstance(bidirectional, bool)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -336,16 +338,21 @@ def load_checkpoint(path, device="cpu"):
     )
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file; train it first: python train.py")
+    room = os.path.getsize(path)
+    content = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        values = content["model"].values()
-        is_whole = sum(value.nbytes for value in values) <= os.path.getsize(path)
-        is_ours = is_whole and is_config(**content["config"])
-        is_ours = is_ours and all(value.isfinite().all() for value in values)
+        # torch compresses nothing, but a file made to fill the memory is compressed
+        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > room:
+            raise broken
+        content.update(torch.load(path, map_location="cpu", weights_only=True))
+        tensors = [*content["model"].values(), content["learnt"]]
+        fits = sum(tensor.nbytes for tensor in tensors) <= room and is_config(**content["config"])
+        if not (fits and all(tensor.isfinite().all() for tensor in tensors)):
+            raise broken
+        # of another type, these fail here and not later
+        content["args"]["data"], sum(sum(row.values(), row["images"]) for row in content["history"])
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
-    if not is_ours:
-        raise broken
     with torch.device("meta"):  # shapes without memory
         network = build_network(**content["config"])
     try:
@@ -353,5 +360,4 @@ def load_checkpoint(path, device="cpu"):
     except RuntimeError:
         raise broken from None
     network = network.to(device, torch.float32, memory_format=torch.channels_last)
-    extras = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
-    return network.eval(), {**extras, **content}
+    return network.eval(), content

@@ -160,14 +160,15 @@ def read_all(sources, size, network, *options):
             try:
                 for source in itertools.islice(sources, size):
                     # a camera may fill its array again
-                    batch.append(source.copy() if isinstance(source, np.ndarray) else source)
+                    is_buffer = isinstance(source, np.ndarray) or type(source) is Image.Image
+                    batch.append(source.copy() if is_buffer else source)
             except Exception as error:
                 failure = error
             is_full = len(batch) == size
             waiting.append(pool.submit(read_batch, batch, network, *options))
-            if os.getpid() != owner:
-                raise RuntimeError("a forked process has no workers; let it call read() itself")
             while len(waiting) > (count if is_full else 0):
+                if os.getpid() != owner:
+                    raise RuntimeError("a forked process has no workers; let it call read() itself")
                 yield from waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -251,13 +252,13 @@ def find_images(arguments):
             yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 
 
-def explain(network, path, out, *options):
-    """Write a picture of CTC at work on one image: the crop, below it for each time step how
+def explain(network, paths, out, *options):
+    """Write a picture of CTC at work on the first image: the crop, below it for each time step how
     likely its likeliest class is, and which ("-" is blank), and the best strings."""
     from assets import plates
 
-    data.check_output(out, ".png", [path])
-    image = data.load_image(path, network.config["size"])
+    data.check_output(out, ".png", paths)
+    image = data.load_image(paths[0], network.config["size"])
     logits = model.predict_logits(network, image[None])
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     names = f"-{network.config['alphabet']}"
@@ -269,7 +270,7 @@ def explain(network, path, out, *options):
     for k, (best, share) in enumerate(zip(classes.tolist(), shares.tolist())):
         colour = "silver" if best == model.BLANK else "royalblue"
         bars.paste(colour, (k * step + 3, 140 - round(130 * share), (k + 1) * step - 3, 140))
-    (result,) = read(network, path, *options, top=4)
+    (result,) = read(network, paths[0], *options, top=4)
     strings = [
         plates.text_picture(f"{text} {probability:.4f}", 32)
         for text, probability in result.alternatives
@@ -343,9 +344,11 @@ def main(argv=None):
                 return
         if not paths:
             raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
+        if args.label and os.path.lexists(args.label):
+            raise data.InputError(f"{args.label}: is there already; name a new folder")
         network = load(checkpoint, args.device)
         if args.explain:
-            explain(network, paths[0], args.explain, args.precision, args.grammar)
+            explain(network, paths, args.explain, args.precision, args.grammar)
         start = time.perf_counter()
         good = 0
         reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)

@@ -109,7 +109,8 @@ def parse_arguments(argv):
         raise data.InputError(f"{args.init}: has another --{changed[0]}; drop yours")
     if not model.is_config(**{name: vars(args)[name] for name in CONFIG}):
         multiples = model.NETWORKS[args.model].multiples
-        raise data.InputError(f"--size {args.size}: give multiples of {multiples}, to 512 2048")
+        sizes = f"multiples of {multiples}, to 512 2048, and no / in --alphabet"
+        raise data.InputError(f"--size {args.size}: give {sizes}")
     args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
@@ -211,7 +212,7 @@ def train(args):
     num_crops = max(round(crop_share * args.batch_size), min(1, len(labelled)))  # in a batch
     num_drawn = args.batch_size - num_crops
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
-    steps = math.ceil(batches / world_size)  # in an epoch
+    steps = args.steps = math.ceil(batches / world_size)  # in an epoch
     data.say(
         f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
         f"{device} {precision}, {world_size} process(es)\n"
@@ -257,7 +258,7 @@ def train(args):
     best_weights = {}
     history = []
     written = None  # when this run last wrote args.out
-    if args.resume and os.path.lexists(args.out):
+    if args.resume and os.path.exists(args.out):
         content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         if not torch.equal(content["learnt"], fingerprint):
@@ -379,7 +380,7 @@ def train(args):
             content["resume"] = [part.state_dict() for part in parts]
 
         # 11) save all of it in one file. One that another run wrote is kept.
-        if os.path.lexists(args.out) and os.stat(args.out).st_mtime_ns != written:
+        if os.path.exists(args.out) and os.stat(args.out).st_mtime_ns != written:
             earlier = f"{args.out}.bak"
             while os.path.lexists(earlier):
                 earlier += ".bak"

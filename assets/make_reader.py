@@ -40,7 +40,7 @@ def main(checkpoint):
     images, _ = plates.fixed_plates(60, "pictures", (96, 384))
     to_pil_image(images[0]).save(ASSETS / "plate.png")
     network = predict.load(device="cpu")
-    predict.explain(network, ASSETS / "plate.png", ASSETS / "ctc.png")
+    predict.explain(network, [ASSETS / "plate.png"], ASSETS / "ctc.png")
     pictures = [to_pil_image(image) for image in images[::5]]
     captions = [plates.text_picture(read.plate, 44) for read in predict.read(network, pictures)]
     pairs = [plates.sheet(pair, 1) for pair in zip(pictures, captions)]
