@@ -72,7 +72,7 @@ def plate_patterns(network, grammar=None):
     greedily."""
     if grammar is None:
         config = network.config
-        grammar = config["alphabet"] == data.ALPHABET and config["model"] == "small"
+        grammar = config["alphabet"] == data.ALPHABET and config["model"] != "notebook"
     return data.PATTERNS if grammar else ()
 
 

@@ -32,7 +32,7 @@ try:
 except ImportError:  # train.py was copied without assets/: it can learn from crops
     plates = None
 
-# All that differs between the two recipes. The baseline's values are its own.
+# All that differs between the recipes. The baseline's values are its own.
 SMALL = {
     "size": [32, 128],
     "bidirectional": True,
@@ -67,7 +67,7 @@ NOTEBOOK = {
     "synthetic": 0.0,
     "augment": False,
 }
-RECIPES = {"small": SMALL, "notebook": NOTEBOOK}
+RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32, "lr": 2e-3}, "notebook": NOTEBOOK}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
 MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
@@ -88,9 +88,13 @@ def parse_arguments(argv):
     add("--bidirectional", action=switch, help="read both ways (default: only small)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: 32 128; notebook 96 448)")
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
-    add("--epochs", type=count, help="(default: 16; notebook 5)")
+    add("--epochs", type=count, help="(default: 16; wide 32, notebook 5)")
     add("--batch-size", type=count, help="per process (default: 64; notebook 128)")
-    add("--lr", type=data.between(float, 1e-9, 1e9), help="peak (default: 3e-3; notebook 3e-4)")
+    add(
+        "--lr",
+        type=data.between(float, 1e-9, 1e9),
+        help="peak (default: 3e-3; wide 2e-3, notebook 3e-4)",
+    )
     add("--weight-decay", type=share, help="(default: 0.02; notebook 1e-4)")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops; notebook 0)")
     add("--augment", action=switch, help="augment crops (default: only small)")
@@ -338,7 +342,7 @@ def train(args):
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
                 if 0.9 < scores["cer"] <= 1:
-                    data.say("  nearly all is blank: CTC's normal first phase, some 20,000 images")
+                    data.say("  nearly all is blank: CTC's normal first phase, some 10,000 images")
                 lap = time.perf_counter()
                 lap_step = step
 
