@@ -65,7 +65,10 @@ def normalise(text):
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        text = Path(text).read_text("utf-8-sig")
+        try:
+            text = Path(text).read_text("utf-8-sig")
+        except (UnicodeDecodeError, OSError):
+            raise argparse.ArgumentTypeError(f"{text}: no such file of UTF-8 text") from None
     characters = "".join(dict.fromkeys(normalise(text).replace(" ", "")))
     if not characters:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
@@ -165,7 +168,7 @@ def make_parser(script, text):
 
 def machine_options(add):
     """Add the options that say what to compute with, the same in train, evaluate and predict."""
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", help="cuda or cpu (default: the first there is)")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="(default: the device's fastest)")
 
 

@@ -51,15 +51,15 @@ def levenshtein(a, b):
 
 
 def metrics(trues, preds):
-    """The three scores of one read or more, as a dict.
+    """The three scores of a list of reads, as a dict.
 
     accuracy: the share of strings read without any error, in [0, 1]. cer: the character error
     rate, all edits over all true characters, in [0, inf). levenshtein: the edits per string."""
     edits = sum(map(levenshtein, preds, trues))
     return {
-        "accuracy": sum(map(str.__eq__, trues, preds)) / len(trues),
-        "cer": edits / sum(map(len, trues)),
-        "levenshtein": edits / len(trues),
+        "accuracy": sum(map(str.__eq__, trues, preds)) / max(1, len(trues)),
+        "cer": edits / max(1, sum(map(len, trues))),
+        "levenshtein": edits / max(1, len(trues)),
     }
 
 
@@ -84,6 +84,11 @@ def count_right(pairs):
     return {key: (right[key], total[key]) for key in sorted(total)}
 
 
+def confidence_bin(confidence):
+    """Which tenth of [0, 1] a confidence lies in: 0 to 9."""
+    return min(9, int(10 * confidence))
+
+
 def calibration_error(confidences, rights):
     """How far confidences are from the share of reads that are right, in [0, 1].
 
@@ -92,8 +97,8 @@ def calibration_error(confidences, rights):
     excess = Counter()
     for confidence, is_right in zip(confidences, rights):
         # summed over a bin this is its confidences less its right reads
-        excess[min(9, int(10 * confidence))] += confidence - is_right
-    return sum(map(abs, excess.values())) / len(rights)
+        excess[confidence_bin(confidence)] += confidence - is_right
+    return sum(map(abs, excess.values())) / max(1, len(rights))
 
 
 def matches(trues, preds):
@@ -141,10 +146,11 @@ def choose_images(root, split, content, learnt):
     folder = data.split_folder(root or learnt_from, split)
     crops = data.find_crops(folder, config["alphabet"])
     title = f"images of {folder}"
-    may_be_learnt = split != "train" and learnt_from and os.path.isdir(learnt_from)
-    if may_be_learnt and folder.resolve().is_relative_to(
-        data.split_folder(learnt_from, "train").resolve()
-    ):
+    is_training_set = False
+    if split != "train" and learnt_from and os.path.isdir(learnt_from):
+        learnt_folder = data.split_folder(learnt_from, "train").resolve()
+        is_training_set = folder.resolve().is_relative_to(learnt_folder)
+    if is_training_set:
         crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
         if not crops:
             raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
@@ -168,7 +174,7 @@ def evaluate(
     start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
-    speed = len(reads) / (time.perf_counter() - start)
+    speed = len(reads) / max(1e-9, time.perf_counter() - start)
     data.warn("files left out", [read.error for read in reads if read.error])
     results = Results(
         # an array has no file name
@@ -181,7 +187,7 @@ def evaluate(
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    bins = [min(9, int(10 * confidence)) for confidence in confidences]
+    bins = map(confidence_bin, confidences)
     decoding = "greedy"
     if predict.plate_patterns(network, grammar):
         decoding = "best plate, three views if unsure"

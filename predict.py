@@ -44,8 +44,8 @@ import model
 
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 SURE = 0.8  # a read less probable than this gets two more views
-STARTING = threading.Lock()
 SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
+STARTING = threading.Lock()
 
 # ---------------------------------------------------------------------------------------
 # Reading
@@ -88,13 +88,12 @@ def more_views(images):
     return torch.stack(tilted, 1).flatten(0, 1)
 
 
-def read_images(images, network, precision, patterns, top, adapt):
-    """A Read with all its candidates for each image of uint8 (B, 3, H, W).
+def read_images(images, logits, network, precision, patterns, top, adapt):
+    """A Read with all its candidates for each image of uint8 (B, 3, H, W); logits: (T, B, C).
 
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
     plates in three views. With top > 1 every image goes through the beam search."""
     alphabet = network.config["alphabet"]
-    logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     answers = [[pair] for pair in zip(texts, model.probabilities(logits, texts, alphabet))]
     sure = SURE_ADAPTED if adapt else SURE
@@ -117,12 +116,16 @@ def read_images(images, network, precision, patterns, top, adapt):
     return [Read(*pairs[0], pairs, "") for pairs in answers]
 
 
-def read_batch(sources, network, *options):
+def read_batch(sources, network, precision, *options):
     """A Read with all its candidates for each of a list of sources; options: see read_images."""
     size = network.config["size"]
     loaded = [data.attempt(data.load_image, source, size) for source in sources]
     images = [image for image in loaded if isinstance(image, torch.Tensor)]
-    reads = iter(read_images(torch.stack(images), network, *options) if images else [])
+    reads = iter(())
+    if images:
+        images = torch.stack(images)
+        logits = model.predict_logits(network, images, precision)
+        reads = iter(read_images(images, logits, network, precision, *options))
     return [
         next(reads) if isinstance(image, torch.Tensor) else Read("", 0.0, [], str(image))
         for image in loaded
@@ -252,14 +255,15 @@ def find_images(arguments):
             yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 
 
-def explain(network, paths, out, *options):
+def explain(network, paths, out, precision=None, grammar=None):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
     likely its likeliest class is, and which ("-" is blank), and the best strings."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
     image = data.load_image(paths[0], network.config["size"])
-    logits = model.predict_logits(network, image[None])
+    precision = precision or model.pick_precision(network.fc.weight.device)
+    logits = model.predict_logits(network, image[None], precision)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     names = f"-{network.config['alphabet']}"
     line = plates.text_picture("".join(names[k] for k in classes), 52)
@@ -270,10 +274,11 @@ def explain(network, paths, out, *options):
     for k, (best, share) in enumerate(zip(classes.tolist(), shares.tolist())):
         colour = "silver" if best == model.BLANK else "royalblue"
         bars.paste(colour, (k * step + 3, 140 - round(130 * share), (k + 1) * step - 3, 140))
-    (result,) = read(network, paths[0], *options, top=4)
+    patterns = plate_patterns(network, grammar)
+    (result,) = read_images(image[None], logits, network, precision, patterns, 4, False)
     strings = [
         plates.text_picture(f"{text} {probability:.4f}", 32)
-        for text, probability in result.alternatives
+        for text, probability in result.alternatives[:4]
     ]
     plates.sheet([crop, bars, line, *strings], 1).save(out)
 
@@ -362,7 +367,7 @@ def main(argv=None):
             if args.label:
                 keep(path, result, args.label, good, args.above)
         failures = len(paths) - good
-        speed = good / (time.perf_counter() - start)
+        speed = good / max(1e-9, time.perf_counter() - start)
         print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
         if failures:
             sys.exit(1)

@@ -51,7 +51,7 @@ MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn",
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
-no such file: predict absent.pth crop.jpg; predict a.jfif
+no such file: predict absent.pth crop.jpg; predict a.jfif; train --alphabet absent.txt
 name a new file: predict crop.jpg --export x.xyz; predict crop.png --explain crop.png
 name a new file: evaluate --csv half.pth; evaluate --json no/x.json; plates show crop.jpg
 name a new file: train --out crop.jpg; train --out empty; train --out no/x.pth
@@ -60,8 +60,7 @@ not on this machine: predict crop.jpg --device cuda:99; train --device nonsense
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled crops: evaluate --data frames; plates show x.png empty
 multiples of: train --size 50 131; train --size 32 28 | no such folder: data crop absent out
-No such file: evaluate --data absent; train --data absent; train --alphabet absent.txt
-no such folder: data audit absent
+No such file: evaluate --data absent; train --data absent | no such folder: data audit absent
 further down: train --data near; evaluate --data near | no readable path: predict zero.jpg
 has no folder 'other': evaluate --data plates --split other | none can be read: evaluate --data bad
 no images there: predict empty; predict | no crop there can be read: {FAST} --data bad --synthetic 0
@@ -476,6 +475,7 @@ class TestCommands:
 
         def validate(network, validation, precision):
             assert not network.training and sum(len(texts) for _, texts in validation) > 20
+            assert all(len(images) == len(texts) for images, texts in validation)
             seen.append(network.fc.weight.clone())
             return rows[len(seen) - 1]
 

@@ -48,7 +48,7 @@ class PlateType(NamedTuple):
     ink: tuple = DARK  # the darkest and the brightest grey of the characters and the border
     fade: float = 0.0  # how far the background turns white towards the top
     patterns: tuple = data.SEVEN
-    width: float = 45  # of a character
+    width: float = CHARACTER_WIDTH
     lefts: tuple = (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5)  # the characters' left edges
     faces: range = range(0, 4)  # rows of glyphs.png: one typeface in four widths of the pen
 
@@ -252,9 +252,9 @@ def sheet(pictures, columns=4):
 def show(out, folder=None, augmented=False):
     """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
     size = (48, 192)
-    if folder:
-        crops = data.find_crops(data.split_folder(folder, "train"))
-        data.check_output(out, ".png", [path for path, _ in crops])
+    crops = data.find_crops(data.split_folder(folder, "train")) if folder else []
+    data.check_output(out, ".png", [path for path, _ in crops])
+    if crops:
         images, texts = data.load_crops(crops[:: max(1, len(crops) // 24)][:24], size)
     else:
         images, texts = fixed_plates(24, "show", size)
@@ -288,7 +288,6 @@ def main(argv=None):
         if args.command == "render":
             render(args.out, args.count)
         else:
-            data.check_output(args.out, ".png")
             show(args.out, args.folder, args.augmented)
 
 
