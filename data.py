@@ -22,7 +22,6 @@ import shutil
 import struct
 import sys
 import tempfile
-import threading
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -149,15 +148,12 @@ def check_output(path, suffix, inputs=()):
 
 def write_file(path, content):
     """Write bytes to a file: the whole of them, or the old file stays. Raises InputError."""
-    # a name that no other process and no other thread uses
-    partial = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
+    partial = Path(f"{path}.part")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); free space?") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def make_parser(script, text):
@@ -178,9 +174,7 @@ def machine_options(add):
 # A plate that breaks a rule still teaches, so this is looser than PATTERNS. What ends in "~" is
 # a guess that nobody has confirmed (predict.py --label).
 PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
-SHORTENED = 'names hold more than one label; only what follows the last "-" was taken'
 FRAME = "whole CCPD photographs; cut them first: python data.py crop FRAMES OUT"
 UNLABELLED = "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg"
 
@@ -193,7 +187,7 @@ def parse_label(path, alphabet=ALPHABET):
     stands behind the last "-", or the whole name if "-" is one of its characters. The remark says
     what was odd, in words for many files; mostly it is empty."""
     name = normalise(Path(path).stem)
-    *parts, last = [name] if "-" in alphabet else name.split("-")
+    last = name if "-" in alphabet else name.split("-")[-1]
     if alphabet == ALPHABET:
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511H_2
         plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
@@ -202,7 +196,7 @@ def parse_label(path, alphabet=ALPHABET):
             repaired = number.replace("O", "0").replace("I", "1")
             return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
-        return last, SHORTENED if any(set(part) <= set(alphabet) for part in parts) else ""
+        return last, ""
     # the name of a whole photograph holds the corners of the plate
     return None, FRAME if name.count("&") > 5 else UNLABELLED
 
@@ -210,21 +204,14 @@ def parse_label(path, alphabet=ALPHABET):
 def list_images(folder):
     """All images below `folder`, sorted: the files with a suffix of an image that Pillow reads.
 
-    Links are followed, but every folder only once. stderr counts the files passed over."""
+    Links to folders are not followed. stderr counts the files passed over."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
     known = Image.registered_extensions()
-    paths = set()
-    visited = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in visited:
-            folders.clear()  # a link that leads back would never end
-            continue
-        visited.add(os.path.realpath(root))
-        paths.update(Path(root, name) for name in names if name[0] != ".")
-    images = {path for path in paths if path.suffix.lower() in known}
-    warn("files passed over, without a suffix of images", sorted(paths - images))
-    return sorted(images)
+    paths = sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    images = [path for path in paths if path.suffix.lower() in known and path.name[0] != "."]
+    warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
+    return images
 
 
 def split_folder(root, split):
@@ -244,10 +231,6 @@ def find_crops(folder, alphabet=ALPHABET):
     crops = []
     remarks = defaultdict(list)
     for path in list_images(folder):
-        split = SPLITS.intersection(map(str.lower, path.relative_to(folder).parts[:-1]))
-        if split:
-            cure = "name its splits train and test, or give one of them"
-            raise InputError(f"{folder}: holds a folder {split.pop()} further down; {cure}")
         text, remark = parse_label(path, alphabet)
         if remark:
             remarks[remark].append(path)
@@ -301,10 +284,9 @@ def open_image(source):
         else:
             raise FileNotFoundError("no such file")
         image = ImageOps.exif_transpose(image)  # decodes it
-        if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we stretch
-            pixels = np.nan_to_num(np.asarray(image, np.float32))
-            pixels = np.interp(pixels, (pixels.min(), pixels.max()), (0, 255))
-            image = Image.fromarray(pixels.astype(np.uint8))
+        if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we scale
+            pixels = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+            image = Image.fromarray(np.uint8(255 * pixels / max(1e-9, pixels.max())))
         return image.convert("RGB")
     except PILLOW_ERRORS as error:
         is_path = isinstance(source, (str, os.PathLike))
@@ -376,11 +358,6 @@ def seed_all(*counters):
 # a little worse than perfect, and a few are very bad.
 
 CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
-
-
-def lying_on(device):
-    """The context in which new tensors lie on `device`. On a CPU they do without it, and faster."""
-    return contextlib.nullcontext() if device.type == "cpu" else device
 
 
 def pair(x, y):
@@ -480,17 +457,12 @@ def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
         images = images / 255
     # images that share a lens: few fit into a CPU's cache, many fill a GPU
     handfuls = images.split(16 if images.device.type == "cpu" else 64)
-    with lying_on(images.device):
+    with images.device:
         return torch.cat([photograph(some, size, strength, extent) for some in handfuls])
 
 
 # ---------------------------------------------------------------------------------------
 # Audit
-
-
-def look_at_file(path):
-    """(width, height, checksum) of an image file."""
-    return *open_image(path).size, zlib.crc32(path.read_bytes())
 
 
 def audit(folder, alphabet=ALPHABET):
@@ -500,19 +472,19 @@ def audit(folder, alphabet=ALPHABET):
     paths = list_images(folder)
     splits = defaultdict(list)
     wrong = defaultdict(list)
-    first = {}
-    for path, look in zip(paths, in_threads(look_at_file, paths)):
+    sizes = []
+    for path, size in zip(paths, in_threads(lambda path: open_image(path).size, paths)):
         text, remark = parse_label(path, alphabet)
         if text:
             # DIR/train/part1/x.jpg belongs to train
             splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
         if remark:
             wrong[remark].append(path)
-        if isinstance(look, InputError):
-            wrong["files that cannot be read"].append(look)
-        elif first.setdefault(look, path) != path:
-            wrong["copies"].append(f"{path} is {first[look]}")
-    is_good = set(wrong) <= {REPAIRED, SHORTENED, "copies"}
+        if isinstance(size, InputError):
+            wrong["files that cannot be read"].append(size)
+        else:
+            sizes.append(size)
+    is_good = set(wrong) <= {REPAIRED}
     wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
     texts = sum(splits.values(), [])
     counts = Counter("".join(texts))
@@ -520,9 +492,8 @@ def audit(folder, alphabet=ALPHABET):
     print("lengths", dict(Counter(map(len, texts))))
     print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
     # the least, the median and the largest
-    widths, heights, _ = np.quantile(list(first) or [(0, 0, 0)], (0, 0.5, 1), axis=0).T.tolist()
-    print("widths", widths)
-    print("heights", heights)
+    quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
+    print("widths", quantiles[:, 0], "heights", quantiles[:, 1])
     for remark, offenders in wrong.items():
         print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
     return is_good
@@ -565,10 +536,7 @@ def crop(frames, out, rectify=False):
     """Cut the plates out of all CCPD photographs below `frames`, to out/.../FRAME-PLATE.jpg.
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
-    target = Path(out).resolve()
-    paths = [path for path in list_images(frames) if not path.resolve().is_relative_to(target)]
-    if not paths:
-        raise InputError(f"{frames}: no photographs in it, outside {out}; name another folder")
+    paths = list_images(frames)
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]
     cut = functools.partial(cut_frame, rectify=rectify)
     errors = [error for error in in_threads(cut, paths, folders) if error]

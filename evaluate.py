@@ -21,7 +21,9 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.transforms.functional import to_pil_image
+import torch
+from torchvision.io import encode_png, write_png
+from torchvision.utils import make_grid
 
 import data
 import model
@@ -248,22 +250,20 @@ def write_table(path, results):
     table = csv.writer(file)
     table.writerow(["filename", "true", "pred", "confidence", "same"])
     for name, true, pred, confidence, _ in results:
-        # a spreadsheet would take these for a formula
-        cells = ["'" * (cell[:1] in {*"=+-@\t\r"}) + cell for cell in (name, true, pred)]
-        table.writerow([*cells, f"{confidence:.6f}", true == pred])
+        table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
     # utf-8-sig: spreadsheets look for its mark; surrogateescape: a name may be no UTF-8
     data.write_file(path, file.getvalue().encode("utf-8-sig", "surrogateescape"))
 
 
 def error_picture(result):
-    """The image, under it the truth, and under that the read; differences are red."""
-    pictures = [to_pil_image(data.load_image(result.source, (64, 256)))]
+    """The image, below it the truth, then the read, differences red: uint8 (3, 112, 256)."""
+    rows = [data.load_image(result.source, (64, 256))]
     for text, other in ((result.true, result.pred), (result.pred, result.true)):
         # aligned, so that after a missing character the others still match
         blocks = SequenceMatcher(None, text, other).get_matching_blocks()
         same = {block.a + k for block in blocks for k in range(block.size)}
-        pictures.append(plates.text_picture(text, 24, {*range(len(text))} - same))
-    return plates.sheet(pictures, 1)
+        rows.append(plates.text_picture(text, (24, 256), {*range(len(text))} - same))
+    return torch.cat(rows, 1)
 
 
 HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8">
@@ -302,16 +302,14 @@ def write_report(folder, scores):
     pictures = []
     for result in wrong_reads(scores)[:500]:
         pictures.append(error_picture(result))
-        file = io.BytesIO()
-        pictures[-1].save(file, "png")
-        image = base64.b64encode(file.getvalue()).decode()
+        image = base64.b64encode(encode_png(pictures[-1]).numpy()).decode()
         texts = "<br>".join(map(html.escape, result[:3]))
         page += f'<tr><td><img src="data:image/png;base64,{image}">'
         page += f"<td>{texts}<br>{result.confidence:.4f}"
     data.write_file(folder / "report.html", page.encode("utf8", "replace"))
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
     if pictures:
-        plates.sheet(pictures[:64]).save(folder / "errors.png")
+        write_png(make_grid(pictures[:64], 4, pad_value=255), str(folder / "errors.png"))
 
 
 def main(argv=None):

@@ -6,7 +6,7 @@
     python predict.py FOLDER --adapt                        # photographs of one place
     python predict.py FOLDER --adapt --label OUT            # name crops by their plates
     python predict.py ckpt.pth crop.jpg --explain ctc.png   # how CTC read it, as a picture
-    python predict.py ckpt.pth --export model.onnx          # for use without these files
+    python predict.py ckpt.pth --export model.pt2           # for use without these files
 
 In Python:
 
@@ -21,13 +21,11 @@ pretrained model in assets, which learnt from drawn plates alone.
 
 import argparse
 import glob
-import io
 import itertools
 import json
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import InterpolationMode, affine, to_pil_image
+from torchvision.transforms.functional import InterpolationMode, affine, resize, to_pil_image
 
 import data
 import model
@@ -45,7 +43,6 @@ import model
 READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
 SURE = 0.8  # a read less probable than this gets two more views
 SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
-STARTING = threading.Lock()
 
 # ---------------------------------------------------------------------------------------
 # Reading
@@ -132,51 +129,25 @@ def read_batch(sources, network, precision, *options):
     ]
 
 
-def start_workers(network):
-    """(a pool of threads, how many): one for each core, or one alone where a GPU computes.
-
-    Each computes with one core, so that none waits for another's share of a batch. torch keeps a
-    number of threads for itself, and one for each thread: the former is as before."""
-    with STARTING:
-        threads = torch.get_num_threads()
-        count = threads if network.fc.weight.device.type == "cpu" else 1
-        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-        # all of them wait for the last one, so that each starts
-        list(pool.map(threading.Barrier(count).wait, count * [None]))
-        torch.set_num_threads(threads)
-    return pool, count
-
-
 def read_all(sources, size, network, *options):
-    """Yield the reads of read_batch, in order. Each worker takes its own batch of `size` sources.
+    """Yield the reads of read_batch, in order, a batch of `size` sources for each worker.
 
-    If `sources` raises an error, the reads of what it gave before come first."""
-    sources = iter(sources)
-    pool, count = start_workers(network)
-    owner = os.getpid()
+    There is a worker for each core, or one where a GPU computes. Each computes with one core, so
+    that none waits for another's share of a batch."""
+    # a camera may fill its array again
+    sources = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
+    count = torch.get_num_threads() if network.fc.weight.device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     waiting = deque()
-    failure = None
-    is_full = True  # a batch that is not full is the last
     try:
-        while is_full:
-            batch = []
-            try:
-                for source in itertools.islice(sources, size):
-                    # a camera may fill its array again
-                    is_buffer = isinstance(source, np.ndarray) or type(source) is Image.Image
-                    batch.append(source.copy() if is_buffer else source)
-            except Exception as error:
-                failure = error
-            is_full = len(batch) == size
+        for batch in iter(lambda: list(itertools.islice(sources, size)), []):
             waiting.append(pool.submit(read_batch, batch, network, *options))
-            while len(waiting) > (count if is_full else 0):
-                if os.getpid() != owner:
-                    raise RuntimeError("a forked process has no workers; let it call read() itself")
+            if len(waiting) > count:
                 yield from waiting.popleft().result()
+        for last in waiting:
+            yield from last.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    if failure:
-        raise failure
+        pool.shutdown(cancel_futures=True)
 
 
 def adapt_to_place(reads):
@@ -265,46 +236,33 @@ def explain(network, paths, out, precision=None, grammar=None):
     precision = precision or model.pick_precision(network.fc.weight.device)
     logits = model.predict_logits(network, image[None], precision)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
+    width = 28 * len(classes)  # each time step stands below the columns it comes from
+    heights = (130 * shares).repeat_interleave(28)  # (width,), in pixels
+    greys = torch.where(classes == model.BLANK, 210, 70).repeat_interleave(28)
+    bars = greys.where(torch.arange(130, 0, -1).view(-1, 1) <= heights, 255)  # (130, width)
+    bars = bars.to(torch.uint8).expand(3, -1, -1)
     names = f"-{network.config['alphabet']}"
-    line = plates.text_picture("".join(names[k] for k in classes), 52)
-    step = line.width // len(classes)  # each time step stands below the columns it comes from
-    crop = to_pil_image(image)
-    crop = crop.resize((line.width, line.width * crop.height // crop.width))
-    bars = Image.new("RGB", (line.width, 140), "white")
-    for k, (best, share) in enumerate(zip(classes.tolist(), shares.tolist())):
-        colour = "silver" if best == model.BLANK else "royalblue"
-        bars.paste(colour, (k * step + 3, 140 - round(130 * share), (k + 1) * step - 3, 140))
+    line = "".join(names[k] for k in classes)
     patterns = plate_patterns(network, grammar)
     (result,) = read_images(image[None], logits, network, precision, patterns, 4, False)
-    strings = [
-        plates.text_picture(f"{text} {probability:.4f}", 32)
-        for text, probability in result.alternatives[:4]
-    ]
-    plates.sheet([crop, bars, line, *strings], 1).save(out)
+    strings = [f"{text} {probability:.4f}" for text, probability in result.alternatives[:4]]
+    rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
+    rows += [plates.text_picture(string, (32, width)) for string in strings]
+    to_pil_image(torch.cat(rows, 1)).save(out)
 
 
 def export(network, out):
-    """Write a network on the CPU for use without these files, as .pt2 or .onnx.
+    """Write a network on the CPU for use without these files: a .pt2 that torch.export.load loads.
 
-    It takes uint8 (B, 3, H, W) with at least one image and gives logits (T, B, C). What
-    the reader of its logits needs, such as the alphabet, the size and the blank, is in the file
-    as facts.json."""
-    is_onnx = Path(out).suffix == ".onnx"
-    data.check_output(out, ".onnx" if is_onnx else ".pt2")
+    It takes uint8 (B, 3, H, W) with at least one image and gives logits (T, B, C). What the reader
+    of its logits needs, such as the alphabet, the size and the blank, is in the file as
+    facts.json."""
+    data.check_output(out, ".pt2")
     facts = json.dumps(network.config | {"blank": model.BLANK})
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    file = io.BytesIO()
-    if is_onnx:  # needs onnx and onnxscript, and says so
-        onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=["logits"]
-        )
-        onnx.model.metadata_props["facts.json"] = facts
-        file.write(onnx.model_proto.SerializeToString())
-    else:
-        torch.export.save(program, file, extra_files={"facts.json": facts})
-    data.write_file(out, file.getvalue())
+    torch.export.save(program, out, extra_files={"facts.json": facts})
     print(f"{out}: written")
 
 
@@ -336,7 +294,7 @@ def main(argv=None):
     add("--label", metavar="OUT", help="copy the crops to OUT, named by what was read")
     add("--above", type=float, default=0.9, help="those less sure go to OUT/unsure (%(default)s)")
     add("--explain", metavar="OUT.png", help="draw how the first image was read")
-    add("--export", metavar="OUT", help="write the network as .pt2 or .onnx")
+    add("--export", metavar="OUT.pt2", help="write the network for torch.export.load")
     reading_options(add)
     with data.one_sentence():
         args = parser.parse_intermixed_args(argv)  # options may stand between the paths

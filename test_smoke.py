@@ -61,7 +61,7 @@ drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled crops: evaluate --data frames; plates show x.png empty
 multiples of: train --size 50 131; train --size 32 28 | no such folder: data crop absent out
 No such file: evaluate --data absent; train --data absent | no such folder: data audit absent
-further down: train --data near; evaluate --data near | no readable path: predict zero.jpg
+no readable path: predict zero.jpg
 has no folder 'other': evaluate --data plates --split other | none can be read: evaluate --data bad
 no images there: predict empty; predict | no crop there can be read: {FAST} --data bad --synthetic 0
 too few crops: {FAST} --val 1 | holds no characters: train --alphabet empty.txt
@@ -109,8 +109,8 @@ def originals(tmp_path_factory):
         os.makedirs(folder)
         for name in FRAMES.split() * (folder != "empty"):
             photo.save(f"{folder}/025-95_113-{name}-37-15.jpg", quality=95)
-    for name in ("FOLDER/1.jpg", "crop.jpg", "crop.png", "near/a/Test/皖A12345.jpg"):
-        os.makedirs(Path(name).parent, exist_ok=True)
+    os.mkdir("FOLDER")
+    for name in ("FOLDER/1.jpg", "crop.jpg", "crop.png"):
         shutil.copy(min(Path("plates/test").iterdir()), name)
     for path in [*Path("bad").rglob("*.jpg"), Path("zero.jpg"), Path("empty.txt")]:
         path.write_text("")
@@ -151,7 +151,7 @@ class TestParts:
         alphabets = map(data.read_alphabet, ("AB12", "AB", "AB12-", "AB1", "ü"))
         texts, remarks = zip(*map(data.parse_label, names, alphabets))
         assert texts == ("12", "AB", "AB-12", None, "ü")
-        assert remarks == (data.SHORTENED, "", "", data.UNLABELLED, "")
+        assert remarks == ("", "", "", data.UNLABELLED, "")
         assert data.read_alphabet("0123456789.kWh") == "0123456789.kWh"
         assert 160 < sum(data.is_held_out(f"皖A{k:05}", 0.05) for k in range(4000)) < 240
         assert len({data.is_held_out(text, 0.5) for text in ("AO", "A0", "aO")}) == 1
@@ -328,24 +328,22 @@ class TestCommands:
         plates.render("set", 6)
         path = min(Path("set/train").iterdir())
         os.mkdir("set/test")
-        shutil.copy(path, f"set/test/copy-{path.name}")  # a copy, and a plate in both
+        shutil.copy(path, "set/test")  # a plate in both
         for name in ("image.jpg", "IMG-0042.jpg", "1-皖AR0O3T.jpg", "notes.md", "皖A12345.JFIF"):
             Path("set/train", name).touch()
         shutil.copy(min(Path("frames").iterdir()), "set/train")
         said = "2 files whose names hold no label; IMG-0042; 1 whole CCPD; 1 labels held O; 1 files"
         run("plates show x.png set", f"{said}; 2 files left out; 6 labelled")
-        said += (
-            f"; 1 plates in train and test\n    {path.stem[8:]}; 1 copies; [256.0, 256.0, 720.0]"
-        )
+        said += f"; 1 plates in train and test\n    {path.stem[8:]}; [256. 256. 720.]"
         said += "; {'test': 1, 'train': 8}; '闽': 0; 4 files that cannot be read"
         run("data audit set", said, fails=True)
 
     def test_crop_cuts_plates_out_and_skips_what_it_cannot_cut(self, run):
         plate = plates.fixed_plates(1, 0, (140, 440))[0][0].float()
         Path("frames/IMG-1.jpg").touch()
-        for option in ("", "--rectify", "--rectify"):  # crops are no photographs, and replaced
-            run(f"data crop frames frames/out {option}", "3 plates cut, 3 skipped")
-            paths, texts = zip(*data.find_crops("frames/out"))
+        for option in ("", "--rectify", "--rectify"):  # crops are replaced
+            run(f"data crop frames out {option}", "3 plates cut, 3 skipped")
+            paths, texts = zip(*data.find_crops("out"))
             error = abs(data.load_image(paths[1], (140, 440)) - plate).mean()
             assert {*texts} == {"云BD12345", "皖AY339S"} and (error < 25) == bool(option)
 
@@ -371,10 +369,6 @@ class TestCommands:
         for one in (str(paths[0]), paths[0].read_bytes(), Image.open(paths[0]), arrays[0]):
             assert [read.plate for read in predict.read(network, one, "fp32")] == [reads[0]]
         assert next(predict.read(network, None)).error.startswith("NoneType: no readable")
-        # a source that fails gives its reads first
-        some = predict.read(network, map(Image.open, [*paths[:5], "absent"]), "fp32", batch_size=2)
-        assert [next(some).plate for _ in range(5)] == list(reads[:5])
-        pytest.raises(FileNotFoundError, next, some)
 
     def test_label_explain_and_export(self, run):
         images = plates.fixed_plates(6, 9, SIZE)[0]
@@ -394,7 +388,6 @@ class TestCommands:
 
     def test_odd_images_are_read_or_named(self, run):
         os.makedirs("odd/folder.jpg")
-        os.symlink(os.path.realpath("odd"), "odd/folder.jpg/loop")
         os.symlink("nowhere.jpg", "odd/link.jpg")
         os.mkfifo("odd/pipe.jpg")
         Path("odd/zero.jpg").touch()
@@ -411,7 +404,7 @@ class TestCommands:
         run("data audit odd", fails=True)
 
     def test_the_report_shows_the_errors(self, run):
-        for name in ("<b>皖A00000.jpg", "=1+1-皖A00001.jpg", "皖A00002.jpg"):
+        for name in ("<b>皖A00000.jpg", "1-皖A00001.jpg", "皖A00002.jpg"):
             shutil.copy("crop.jpg", f"empty/{name}")
         said = "report       file://; errors       3"
         run("evaluate --data empty --report out --json x.json", said)
@@ -420,7 +413,7 @@ class TestCommands:
         assert page.count("<img") == 3 and page.count("<polyline") == 4  # three of the training
         sheet = np.asarray(Image.open("out/errors.png").convert("RGB")).astype(int)
         assert (sheet[:, :, 0] - sheet[:, :, 1] > 200).any()  # differences are red
-        assert "'=1+1-皖A00001.jpg" in Path("out/predictions.csv").read_text("utf-8-sig")
+        assert "1-皖A00001.jpg" in Path("out/predictions.csv").read_text("utf-8-sig")
         scores = "".join(Path("x.json").read_text().split())
         assert '"accuracy":0.0,' in scores and '"by_first":{"\\u7696":[0,3]}' in scores
         assert len(repr(evaluate.evaluate("ckpt.pth", "empty")["reads"])) < 30
@@ -491,8 +484,9 @@ class TestCommands:
         train.EPOCH_IMAGES = 16
         command = f"{FAST} --size 16 64 --batch-size 8 --epochs 3 {options} --out"
         Path("a.pth").write_text("old")
-        run(f"{command} a.pth", "a.pth.bak")
-        assert Path("a.pth.bak").read_text() == "old"
+        Path("a.pth.bak").write_text("older")
+        run(f"{command} a.pth", "a.pth.bak.bak")
+        assert Path("a.pth.bak.bak").read_text() == "old"
         run(f"{command} a.pth --resume", "has ended", fails=True)
         watch(train, "validate", [mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt, mock.DEFAULT])
         run(f"{command} b.pth", fails=True)
@@ -505,10 +499,6 @@ class TestCommands:
         run(f"{command} b.pth --resume", "(data)", fails=True)
 
     def test_a_run_ends_before_it_does_harm(self, run):
-        os.remove("ckpt.pth")
-        watch(train, "validate", lambda *_: Path("ckpt.pth").write_text("other") and mock.DEFAULT)
-        run(f"{TUNE} --epochs 2", "two runs write it", fails=True)
-        assert Path("ckpt.pth.bak.bak").read_text() == "other"
         ctc_loss, factors = model.F.ctc_loss, 9 * [1] + [np.nan, 1]
         watch(model.F, "ctc_loss", lambda *args: ctc_loss(*args) * factors.pop())
         assert "nan" not in run(f"{TUNE} --out x.pth", "=== epoch   1")
@@ -519,7 +509,7 @@ class TestCommands:
         """Strings of one to three digits, all of them 0 or 1, within seconds."""
         for k in range(300):
             text = f"{k % 14 + 2:b}"[1:]
-            plates.text_picture(text, 32).resize((64, 32)).save(f"empty/{k}-{text}.png")
+            to_pil_image(plates.text_picture(text, (32, 64))).save(f"empty/{k}-{text}.png")
         train.EPOCH_IMAGES = 400
         options = "--no-augment --epochs 2 --batch-size 8 --size 16 64 --precision fp32"
         said = run(f"train --data empty --alphabet 01 --val 0.1 {options}")

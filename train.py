@@ -15,7 +15,6 @@ import argparse
 import io
 import math
 import os
-import signal
 import time
 from collections import Counter
 
@@ -261,7 +260,6 @@ def train(args):
     best = [math.inf, math.inf]
     best_weights = {}
     history = []
-    written = None  # when this run last wrote args.out
     if args.resume and os.path.exists(args.out):
         content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
@@ -278,8 +276,13 @@ def train(args):
         epoch = len(history)
         done = epoch * steps
         start -= 60 * history[-1]["minutes"]
-        written = os.stat(args.out).st_mtime_ns
         data.say(f"resumed after epoch {epoch}")
+    elif rank == 0 and os.path.exists(args.out):  # that of an earlier run is kept
+        earlier = f"{args.out}.bak"
+        while os.path.lexists(earlier):
+            earlier += ".bak"
+        os.replace(args.out, earlier)
+        data.say(f"{args.out}: that of an earlier run is now {earlier}")
 
     while epoch < args.epochs:
         network.train()
@@ -383,36 +386,21 @@ def train(args):
         if epoch < args.epochs:
             content["resume"] = [part.state_dict() for part in parts]
 
-        # 11) save all of it in one file. One that another run wrote is kept.
-        if os.path.exists(args.out) and os.stat(args.out).st_mtime_ns != written:
-            earlier = f"{args.out}.bak"
-            while os.path.lexists(earlier):
-                earlier += ".bak"
-            os.replace(args.out, earlier)
-            data.say(f"{args.out}: that of another run is now {earlier}")
-            if written:
-                raise data.InputError(f"{args.out}: two runs write it; give one another --out")
+        # 11) save all of it in one file
         file = io.BytesIO()
         torch.save(content, file)
         data.write_file(args.out, file.getvalue())
-        written = os.stat(args.out).st_mtime_ns
     data.say(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
 
 
 def main(argv=None):
     with data.one_sentence():
-        args = parse_arguments(argv)
         try:
-            train(args)
-        except KeyboardInterrupt:
-            data.say(f"\nstopped; --resume goes on after the last whole epoch in {args.out}")
-            raise
+            train(parse_arguments(argv))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    # a batch queue or a spot machine ends a run with SIGTERM
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -42,10 +42,9 @@ def main(checkpoint):
     to_pil_image(images[0]).save(ASSETS / "plate.png")
     network = predict.load(device="cpu")
     predict.explain(network, [ASSETS / "plate.png"], ASSETS / "ctc.png")
-    pictures = [to_pil_image(image) for image in images[::5]]
-    captions = [plates.text_picture(read.plate, 44) for read in predict.read(network, pictures)]
-    pairs = [plates.sheet(pair, 1) for pair in zip(pictures, captions)]
-    plates.sheet(pairs, 3).save(ASSETS / "reads.png")
+    reads = predict.read(network, map(to_pil_image, images[::5]))
+    captions = [read.plate for read in reads]
+    plates.save_sheet(ASSETS / "reads.png", images[::5], captions, 3)
 
 
 if __name__ == "__main__":

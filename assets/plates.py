@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import linspace, rand
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
@@ -201,7 +202,7 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
     types = random.choices(PLATE_TYPES, shares, k=count)
     all_texts = []
     canvases = []
-    with data.lying_on(device):
+    with device:
         for plate_type in dict.fromkeys(types):
             number = types.count(plate_type)
             texts = [random_text(plate_type.patterns, practice) for _ in range(number)]
@@ -222,10 +223,11 @@ def fixed_plates(count, seed, size):
 # Pictures with captions
 
 
-def text_picture(text, height, red=()):
-    """`text` on white, a Pillow image; the characters at the places in `red` are red."""
+def text_picture(text, size, red=()):
+    """`text` on white, from the left: uint8 (3, *size). Characters at the places `red` are red."""
+    height, width = size
     step = height // 2 + 2
-    page = Image.new("RGB", (step * max(1, len(text)), height), "white")
+    page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(0.9 * height)  # in which no 1 looks like an I, as on plates
     for k, char in enumerate(text):
@@ -235,18 +237,16 @@ def text_picture(text, height, red=()):
             draw.bitmap((k * step, 0), to_pil_image(glyph), colour)
         else:
             draw.text((k * step + height // 4, height // 2), char, colour, font, "mm")
-    return page
+    return pil_to_tensor(page)
 
 
-def sheet(pictures, columns=4):
-    """Pillow images in rows, as one."""
-    rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
-    heights = [4 + max(picture.height for picture in row) for row in rows]
-    width = 4 + max(picture.width for picture in pictures)
-    page = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
-    for k, picture in enumerate(pictures):
-        page.paste(picture, (k % columns * width, sum(heights[: k // columns])))
-    return page
+def save_sheet(path, images, captions, columns):
+    """Write images in rows, uint8 (3, h, w), each above its caption, a text."""
+    pictures = [
+        torch.cat((image, text_picture(text, (image.shape[2] // 8, image.shape[2]))), 1)
+        for image, text in zip(images, captions)
+    ]
+    to_pil_image(make_grid(pictures, columns, pad_value=255)).save(path)
 
 
 def show(out, folder=None, augmented=False):
@@ -260,9 +260,8 @@ def show(out, folder=None, augmented=False):
         images, texts = fixed_plates(24, "show", size)
     if augmented:
         images = data.camera(images, size, data.CROP_STRENGTH)
-    pairs = [(to_pil_image(image), text_picture(text, 22)) for image, text in zip(images, texts)]
-    sheet([sheet(pair, 1) for pair in pairs]).save(out)
-    print(f"{out}: {len(pairs)} labelled samples")
+    save_sheet(out, images, texts, 4)
+    print(f"{out}: {len(texts)} labelled samples")
 
 
 def render(out, count):
