@@ -129,11 +129,6 @@ def one_sentence():
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except SystemExit as stop:
-        if stop.code:  # --help ends with 0, which Jupyter would show as an error
-            raise
 
 
 def check_output(path, suffix, inputs=()):
@@ -156,10 +151,10 @@ def write_file(path, content):
         raise InputError(f"{path}: cannot be written ({error.strerror}); free space?") from None
 
 
-def make_parser(script, text):
-    """A parser of a script's options; `text` tells what the script does."""
+def make_parser(text):
+    """A parser of a script's options; `text` tells what the script does, in lines of its own."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=script, description=text, formatter_class=formatter)
+    return argparse.ArgumentParser(description=text, formatter_class=formatter)
 
 
 def machine_options(add):
@@ -513,21 +508,20 @@ def cut_frame(path, out, rectify):
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
     try:
-        _, _, (left, top, right, bottom), corners, indices, *_ = numbers
+        (left, top, right, bottom), corners, indices = numbers[2:5]
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
-        if not rectify:
-            corners = (right, bottom, left, bottom, left, top, right, top)
-        x0, y0, x1, y1, x2, y2, x3, y3 = corners
     except (ValueError, IndexError):
         raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
-    has_width = image.width >= min(x0, x3) > max(x1, x2)
-    has_height = image.height >= min(y0, y1) > max(y2, y3)
-    if not (PLATE.fullmatch(plate) and has_width and has_height):
+    is_inside = left < right <= image.width and top < bottom <= image.height
+    if not (PLATE.fullmatch(plate) and is_inside and len(corners) == 8):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
-    size = (max(x0, x3) - min(x1, x2), max(y0, y1) - min(y2, y3))
-    # Pillow begins at the upper left corner
-    image = image.transform(size, Image.QUAD, (x2, y2, x1, y1, x0, y0, x3, y3), Image.BILINEAR)
+    if rectify:
+        size = (right - left, bottom - top)
+        corners = corners[4:6] + corners[2:4] + corners[:2] + corners[6:]  # as Pillow wants them
+        image = image.transform(size, Image.QUAD, corners, Image.BILINEAR)
+    else:
+        image = image.crop((left, top, right, bottom))
     out.mkdir(parents=True, exist_ok=True)
     image.save(out / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
 
@@ -545,7 +539,7 @@ def crop(frames, out, rectify=False):
 
 
 def main(argv=None):
-    parser = make_parser("data.py", __doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("command", choices=["audit", "crop"])
     add("folder", help="crops to audit, or the photographs to cut them out of")

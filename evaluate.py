@@ -130,13 +130,6 @@ class Result(NamedTuple):
     source: object  # the image: a path, or an array
 
 
-class Results(list):
-    """A list of Results, which a notebook does not print whole."""
-
-    def __repr__(self):
-        return f"<{len(self)} reads>"
-
-
 def choose_images(root, split, content, learnt):
     """What to score: (sources, true strings, what they are). content: that of the checkpoint;
     learnt: the hashes of the labels it learnt."""
@@ -178,12 +171,12 @@ def evaluate(
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
     speed = len(reads) / max(1e-9, time.perf_counter() - start)
     data.warn("files left out", [read.error for read in reads if read.error])
-    results = Results(
+    results = [
         # an array has no file name
         Result(getattr(source, "name", true), true, read.plate, read.confidence, source)
         for source, true, read in zip(sources, texts, reads)
         if not read.error
-    )
+    ]
     if not results:
         raise data.InputError(f"{title}: none can be read; check the files")
     _, trues, preds, confidences, _ = zip(*results)
@@ -313,7 +306,7 @@ def write_report(folder, scores):
 
 
 def main(argv=None):
-    parser = data.make_parser("evaluate.py", __doc__)
+    parser = data.make_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the one in assets)")
     add("--data", dest="root", help="crops, or a folder of train and test; see above")

@@ -117,15 +117,14 @@ def read_batch(sources, network, precision, *options):
     """A Read with all its candidates for each of a list of sources; options: see read_images."""
     size = network.config["size"]
     loaded = [data.attempt(data.load_image, source, size) for source in sources]
-    images = [image for image in loaded if isinstance(image, torch.Tensor)]
-    reads = iter(())
-    if images:
-        images = torch.stack(images)
-        logits = model.predict_logits(network, images, precision)
-        reads = iter(read_images(images, logits, network, precision, *options))
+    blank = torch.zeros(3, *size, dtype=torch.uint8)  # in place of an image that cannot be read
+    images = [blank if isinstance(image, data.InputError) else image for image in loaded]
+    images = torch.stack(images)
+    logits = model.predict_logits(network, images, precision)
+    reads = read_images(images, logits, network, precision, *options)
     return [
-        next(reads) if isinstance(image, torch.Tensor) else Read("", 0.0, [], str(image))
-        for image in loaded
+        Read("", 0.0, [], str(image)) if isinstance(image, data.InputError) else read
+        for image, read in zip(loaded, reads)
     ]
 
 
@@ -200,7 +199,6 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
-    precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
     one = (str, bytes, os.PathLike, Image.Image, type(None))
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
@@ -233,7 +231,6 @@ def explain(network, paths, out, precision=None, grammar=None):
 
     data.check_output(out, ".png", paths)
     image = data.load_image(paths[0], network.config["size"])
-    precision = precision or model.pick_precision(network.fc.weight.device)
     logits = model.predict_logits(network, image[None], precision)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     width = 28 * len(classes)  # each time step stands below the columns it comes from
@@ -287,7 +284,7 @@ def keep(path, result, folder, number, above):
 
 
 def main(argv=None):
-    parser = data.make_parser("predict.py", __doc__)
+    parser = data.make_parser(__doc__)
     add = parser.add_argument
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
     add("--top", type=data.between(int, 1, 1000), default=1, help="print the K likeliest plates")

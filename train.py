@@ -31,7 +31,8 @@ try:
 except ImportError:  # train.py was copied without assets/: it can learn from crops
     plates = None
 
-# All that differs between the recipes. The baseline's values are its own.
+# All that differs between the recipes: each number and each switch is an option as well, such as
+# --batch-size or --no-augment. The baseline's values are its own.
 SMALL = {
     "size": [32, 128],
     "bidirectional": True,
@@ -75,33 +76,30 @@ MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
 
 
 def parse_arguments(argv):
-    parser = data.make_parser("train.py", __doc__)
+    parser = data.make_parser(__doc__)
     add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    count = data.between(int, 1, 10**6)
     share = data.between(float, 0, 1)
     add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=RECIPES, default="small", help="network and recipe")
     add("--rnn", choices=model.RECURRENT, default="lstm", help="recurrent layer")
-    add("--bidirectional", action=switch, help="read both ways (default: only small)")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: 32 128; notebook 96 448)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the images")
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
-    add("--epochs", type=count, help="(default: 16; wide 32, notebook 5)")
-    add("--batch-size", type=count, help="per process (default: 64; notebook 128)")
-    add(
-        "--lr",
-        type=data.between(float, 1e-9, 1e9),
-        help="peak (default: 3e-3; wide 2e-3, notebook 3e-4)",
-    )
-    add("--weight-decay", type=share, help="(default: 0.02; notebook 1e-4)")
-    add("--synthetic", type=share, help="share of drawn plates (default: by the crops; notebook 0)")
-    add("--augment", action=switch, help="augment crops (default: only small)")
+    add("--synthetic", type=share, help="share of drawn plates (default: by the crops)")
     add("--val", type=share, default=0.05, help="share of the labels that is held out")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers")
     add("--init", metavar="CKPT", help="start from these weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     data.machine_options(add)
+    # the numbers and switches of the recipe are options too
+    for name, value in SMALL.items():
+        flag = "--" + name.replace("_", "-")
+        kind = type(value)
+        if kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
+        elif kind in (int, float):
+            least = 1 if kind is int else 0
+            add(flag, type=data.between(kind, least, 10**6), help=f"(small: {value})")
     args = parser.parse_args(argv)
     config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
@@ -206,8 +204,6 @@ def train(args):
             if model.steps_needed(text) > network.steps:
                 raise data.InputError(f"{path}: too long for {network.steps} time steps; remove it")
             (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
-        if len(labelled) < world_size:
-            raise data.InputError(f"{args.data}: too few crops to train on; add some")
     all_texts = [text for _, text in labelled]
     learnt.update(map(data.hash_label, all_texts))
     fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
@@ -360,21 +356,16 @@ def train(args):
             "loss": torch.stack(losses).nanmean().item(),
         }
         score = [-epoch, 0.0]  # without a validation set the last weights are the best
-        line = f"=== epoch {epoch:3}  loss {row['loss']:7.4f}  "
         if validation:
-            row.update(validate(ema.module.eval(), validation, precision))
+            row |= validate(ema.module.eval(), validation, precision)
             score = [row["levenshtein"], row["val_loss"]]
-            line += (
-                f"validation (greedy): loss {row['val_loss']:.4f}  "
-                f"accuracy {row['accuracy']:.4f}  CER {row['cer']:.5f}  "
-                f"Levenshtein {row['levenshtein']:.4f}  "
-            )
         history.append(row)
-        if score <= best:
+        is_best = score <= best
+        if is_best:
             best = score
             best_weights = {name: x.cpu().clone() for name, x in ema.module.state_dict().items()}
-            line += "best so far  "
-        data.say(f"{line}{row['minutes']:.1f} min")
+        numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
+        data.say(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
         content = {
             "model": best_weights,
             "config": network.config,

@@ -275,7 +275,7 @@ def render(out, count):
 
 
 def main(argv=None):
-    parser = data.make_parser("plates.py", __doc__)
+    parser = data.make_parser(__doc__)
     add = parser.add_argument
     add("command", choices=["show", "render"])
     add("out", help="the picture, or the folder, to write")
