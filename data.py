@@ -136,8 +136,8 @@ def check_output(path, suffix, inputs=()):
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
     path = Path(path).resolve()
-    is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
-    if not is_file or path in [Path(source).resolve() for source in inputs]:
+    is_new = path.suffix == suffix and os.access(path.parent, os.W_OK)
+    if not is_new or path in [Path(source).resolve() for source in inputs]:
         raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 

@@ -1,7 +1,6 @@
 """Tests: python -m pytest -q test_smoke.py. Two minutes on two cores, no network and no GPU."""
 
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -32,8 +31,7 @@ ALPHABET, PATTERNS, SIZE = data.ALPHABET, data.PATTERNS, (32, 128)
 SCRIPTS = {"data": data, "train": train, "evaluate": evaluate, "predict": predict, "plates": plates}
 FAST = "train --data plates --precision fp32 --epochs 1 --batch-size 20 --val 0.2"
 TUNE = f"{FAST} --init assets/reader.pth"
-PARAMETERS = {"notebook lstm": 6_046_286, "notebook gru": 5_717_582, "small lstm": 771_044}
-PARAMETERS["wide gru"] = 1_317_092
+PARAMETERS = {"notebook gru": 5_717_582, "small lstm": 771_044, "wide gru": 1_317_092}
 LABELS = """皖AX511H: 01-皖AX511H 皖AX511H a-b-皖ax511h 皖A·X511H 1-皖ＡX５11H 皖AX511H_1
 皖AX511H: 皖AX511H(1) 皖AX511H-1 皖AX511H-副本 皖A-X511H 皖A\u200bX511H 粤B12345-皖AX511H
 粤BD12345: 粤BD12345 01-粤BD12345-copy
@@ -47,6 +45,8 @@ FRAMES = """200&400_500&560-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16
 9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16"""
 # parts of a checkpoint, and values that do not fit
 MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).expand(10**9))]
+# mean, deviation, difference of rows and of columns: of drawn plates, and photographed again
+GOLDEN = (126.114, 77.629, 13.096, 11.121, 128.441, 75.051, 9.863, 8.876)
 MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn", "rnn")]
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
@@ -174,33 +174,22 @@ class TestParts:
             error = pytest.raises(data.InputError, data.open_image, odd)
             assert "no readable path" in str(error.value)
 
-    def test_the_camera_changes_as_much_as_its_strength_says(self):
-        image = torch.arange(128.0).expand(1, 3, *SIZE).to(torch.uint8)
-        data.seed_all(0)
-        half, full, none = (data.camera(image, SIZE, x).float() - image for x in (0.5, 1.0, 0.0))
-        assert abs(none).max() <= 3 < abs(half).mean() < abs(full).mean()
-        for force, is_wide in ((0.0, False), (0.9, True)):  # the lens keeps the light
-            mock.patch.object(random, "random", return_value=force).start()
-            blurred = data.blur(model.F.pad(torch.ones(1, 3, 1, 1), (64, 64, 16, 16)), 1.0)
-            assert blurred.sum((2, 3)).allclose(torch.ones(3), atol=1e-3)
-            assert (blurred[0, 0].sum(0).clamp(min=0).sqrt().sum() > 2) == is_wide
-
-    def test_drawn_plates_follow_from_the_seed_and_hold_every_character(self):
-        images, texts = plates.fixed_plates(400, 5, SIZE)
-        assert torch.equal(plates.fixed_plates(70, 5, SIZE)[0][:64], images[:64])
-        assert not torch.equal(plates.fixed_plates(64, 6, SIZE)[0], images[:64])
-        assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
-        assert near((440 / 480, 140 / 180)) == plates.EXTENT  # the rest is the car around it
+    def test_a_seed_draws_the_same_plates_on_every_machine(self):
+        """Or scores on drawn plates could not be compared. A change of the recipe changes these."""
+        images, texts = plates.fixed_plates(200, "golden", SIZE)
+        crops = data.camera(images, SIZE, data.CROP_STRENGTH)
+        assert torch.equal(plates.fixed_plates(70, "golden", SIZE)[0][:64], images[:64])
+        assert all(model.is_plate(text, PATTERNS) for text in texts) and texts[0] == "陕TH0G70"
         assert {text[0] for text in texts} == set(data.PROVINCES) and {*map(len, texts)} == {7, 8}
-        assert all(model.is_plate(text, PATTERNS) for text in texts)
+        for some, golden in ((images, GOLDEN[:4]), (crops, GOLDEN[4:])):
+            some = some.float()
+            steps = [some.diff(dim=side).abs().mean().item() for side in (2, 3)]
+            assert [some.mean().item(), some.std().item(), *steps] == near(golden, abs=0.01)
+        ramp = torch.arange(128.0).expand(1, 3, *SIZE).to(torch.uint8)
+        assert abs(data.camera(ramp, SIZE, 0.0).float() - ramp).max() <= 3
+        assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
         texts = plates.draw_plates(200, SIZE, plates.PRACTICE)[1]
         assert 70 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 130
-        for kind in plates.PLATE_TYPES:  # characters are dark, but on blue plates
-            texts = 20 * ["皖A77777" if len(kind.lefts) == 7 else "皖AD77777"]
-            canvas = plates.paint(kind, texts, plates.load_glyphs(40)).mean(1)
-            box = canvas[:, 22:58, 124:147].flatten(1)  # strokes cover less than half of it
-            is_bright = box.mean(1) > box.median(1).values
-            assert (is_bright == (kind is plates.PLATE_TYPES[0])).float().mean() > 0.9
 
     @pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch before 2.6 cannot")
     def test_no_tensor_is_on_the_wrong_device(self):
@@ -460,7 +449,7 @@ class TestCommands:
         small = "--size 16 64 --batch-size 4 --epochs 1 --val 0 --precision bf16"
         run(f"train {small}", "cpu bf16")
 
-    @cases("scores, best", [((3, 1, 2), 2), ((1, 2, 3), 1), ((2, 2, 2), 3)])
+    @cases("scores, best", [((3, 1, 2), 2), ((2, 2, 2), 3)])
     def test_the_best_epoch_is_kept(self, run, scores, best):
         rows = [{"levenshtein": s, "val_loss": 0.0, "accuracy": 0.5, "cer": 0.5} for s in scores]
         seen = []
@@ -478,10 +467,9 @@ class TestCommands:
         assert [row["levenshtein"] for row in content["history"]] == list(scores)
         assert "resume" not in content
 
-    @cases("options", ["--synthetic 0", "--synthetic 0.5"])
-    def test_a_stopped_run_goes_on_bit_for_bit(self, run, options):
+    def test_a_stopped_run_goes_on_bit_for_bit(self, run):
         train.EPOCH_IMAGES = 16
-        command = f"{FAST} --size 16 64 --batch-size 8 --epochs 3 {options} --out"
+        command = f"{FAST} --size 16 64 --batch-size 8 --epochs 3 --synthetic 0.5 --out"
         Path("a.pth").write_text("old")
         Path("a.pth.bak").write_text("older")
         run(f"{command} a.pth", "a.pth.bak.bak")
@@ -521,7 +509,7 @@ class TestCommands:
         learnt = [text for text in texts if not data.is_held_out(text, 0.2)]
         # one machine with two processes, started as torchrun starts them
         config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
-        answers = elastic_launch(config, one_of_two)(f"{FAST} --synthetic 0")
+        answers = elastic_launch(config, one_of_two)(f"{FAST} --synthetic 0 --size 16 64")
         assert [answers[k][0] for k in (0, 1)] == [{*learnt[::2]}, {*learnt[1::2]}]
         assert answers[0][1] == answers[1][1] and capfd.readouterr().out.count("2 process(es)") == 1
 
