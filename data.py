@@ -239,17 +239,17 @@ def find_crops(folder, alphabet=ALPHABET):
 
 
 def hash_label(text):
-    """A number that fits torch.int32, the same in all processes.
+    """A number below 2**32, the same in all processes.
 
     Labels mix up O and 0, I and 1: these count as equal."""
-    return zlib.crc32(text.upper().replace("O", "0").replace("I", "1").encode()) - 2**31
+    return zlib.crc32(text.upper().replace("O", "0").replace("I", "1").encode())
 
 
 def is_held_out(text, share):
     """Whether training leaves out the crops of this label, to choose weights by.
 
     True of about `share` of all labels. No plate is on both sides, whatever files come or go."""
-    return hash_label(text) + 2**31 < share * 2**32
+    return hash_label(text) < share * 2**32
 
 
 # ---------------------------------------------------------------------------------------

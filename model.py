@@ -347,16 +347,18 @@ def load_checkpoint(path, device="cpu"):
     content = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
     try:
         content.update(torch.load(path, map_location="cpu", weights_only=True))
-        is_finite = all(tensor.isfinite().all() for tensor in content["model"].values())
-        if not (is_finite and is_config(**content["config"])):
+        weights = dict(content["model"])
+        if not is_config(**content["config"]):
             raise broken
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
     with torch.device("meta"):  # shapes without memory
         network = build_network(**content["config"])
     try:
-        network.load_state_dict(content["model"], assign=True)
+        network.load_state_dict(weights, assign=True)
     except RuntimeError:
         raise broken from None
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise broken
     network = network.to(device, torch.float32, memory_format=torch.channels_last)
     return network.eval(), content

@@ -196,7 +196,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
     options = (network, precision, patterns, top, adapt)
-    one = (str, bytes, os.PathLike, Image.Image, type(None))
+    one = (str, bytes, os.PathLike, Image.Image)
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
@@ -214,8 +214,6 @@ def find_images(arguments):
     for argument in arguments:
         if os.path.isdir(argument):
             yield from data.list_images(argument)
-        elif os.path.lexists(argument):  # so that a file may be called [1].jpg
-            yield argument
         else:  # one that does not exist is reported when it is read
             yield from sorted(glob.glob(argument, recursive=True)) or [argument]
 

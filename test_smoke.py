@@ -31,6 +31,7 @@ ALPHABET, PATTERNS, SIZE = data.ALPHABET, data.PATTERNS, (32, 128)
 SCRIPTS = {"data": data, "train": train, "evaluate": evaluate, "predict": predict, "plates": plates}
 FAST = "train --data plates --precision fp32 --epochs 1 --batch-size 20 --val 0.2"
 TUNE = f"{FAST} --init assets/reader.pth"
+TINY = f"{FAST} --size 16 64"
 PARAMETERS = {"notebook gru": 5_717_582, "small lstm": 771_044, "wide gru": 1_317_092}
 LABELS = """皖AX511H: 01-皖AX511H 皖AX511H a-b-皖ax511h 皖A·X511H 1-皖ＡX５11H 皖AX511H_1
 皖AX511H: 皖AX511H(1) 皖AX511H-1 皖AX511H-副本 皖A-X511H 皖A\u200bX511H 粤B12345-皖AX511H
@@ -68,7 +69,6 @@ holds no characters: train --alphabet empty.txt
 drop it: predict crop.jpg --adapt --no-grammar | give --data: train --alphabet ab
 no / in: train --alphabet a/ | name a new folder: predict crop.jpg --label named"""
 ALONE = """predict.py ../ckpt.pth ../crop.jpg > /dev/full: No space
-evaluate.py ../ckpt.pth --data ../plates | true
 train.py: drawn plates need assets/"""
 # The README's commands are tests, but for those that take long or need what a clone lacks.
 CODE = r"(?:^ {4}|`)python ([\w/]+\.py[^`#]*?)(?=`| *#|\n {4}|\n\n)"
@@ -136,7 +136,7 @@ def run(originals, tmp_path, monkeypatch, capfd):
 
     shutil.copytree(originals, tmp_path, copy_function=os.symlink, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "EPOCH_IMAGES", 100)
+    monkeypatch.setattr(train, "EPOCH_IMAGES", 60)
     monkeypatch.setattr(plates, "VALIDATION", (20, "validation"))
     monkeypatch.setattr(plates, "TEST", (100, "test"))
     yield call
@@ -357,7 +357,8 @@ class TestCommands:
             assert max(len(read.alternatives) for read in some) <= 3
         for one in (str(paths[0]), paths[0].read_bytes(), Image.open(paths[0]), arrays[0]):
             assert [read.plate for read in predict.read(network, one, "fp32")] == [reads[0]]
-        assert next(predict.read(network, None)).error.startswith("NoneType: no readable")
+        (failed,) = predict.read(network, [None])
+        assert failed.error.startswith("NoneType: no readable")
 
     def test_label_explain_and_export(self, run):
         images = plates.fixed_plates(6, 9, SIZE)[0]
@@ -407,7 +408,7 @@ class TestCommands:
         assert '"accuracy":0.0,' in scores and '"by_first":{"\\u7696":[0,3]}' in scores
 
     def test_plates_that_were_learnt_are_no_test(self, run):
-        run(f"{TUNE} --out flat.pth --data plates/train", "on 4; held out")
+        run(f"{TINY} --out flat.pth --data plates/train", "on 4; held out")
         learnt = len(torch.load("flat.pth", weights_only=True)["learnt"])
         said = run("evaluate flat.pth", f"that training held out; {54 - learnt} images; unseen")
         assert " seen" not in said
@@ -415,7 +416,7 @@ class TestCommands:
         shutil.copytree("plates/train", "inner/a/b")
         run("evaluate flat.pth --data inner", f"of {learnt}; seen; unseen")
         run("evaluate flat.pth --data plates", "6 images; unseen")
-        run(f"{TUNE} --data inner --out all.pth --val 0", "0 crops held out")
+        run(f"{TINY} --data inner --out all.pth --val 0", "0 crops held out")
         run("evaluate all.pth --data inner/a", "learnt from all of it", fails=True)
 
     def test_a_batch_its_learning_rate_and_its_prior(self, run, monkeypatch):
@@ -438,14 +439,16 @@ class TestCommands:
         logits = torch.stack(batches).detach().mean((0, 1))
         shift = (logits[:6].mean(0) - logits[6:].mean(0)) @ prior / (prior @ prior)
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
+        row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
+        assert [row["loss"], row["val_loss"]] == near(
+            [0.1373, 0.0502], abs=1e-3
+        )  # all but learning
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")
         assert not camera.called
-        run(
-            "train --data plates --model notebook --size 32 128 --epochs 1 --batch-size 16",
-            "notebook 32 x 128",
-        )
         train.EPOCH_IMAGES = 8
+        options = "--size 32 64 --epochs 1 --batch-size 40"
+        run(f"train --data plates --model notebook {options}", "notebook 32 x 64")
         small = "--size 16 64 --batch-size 4 --epochs 1 --val 0 --precision bf16"
         run(f"train {small}", "cpu bf16")
 
@@ -461,7 +464,7 @@ class TestCommands:
             return rows[len(seen) - 1]
 
         watch(train, "validate", validate)
-        run(f"{TUNE} --epochs 3")
+        run(f"{TINY} --epochs 3")
         content = torch.load("ckpt.pth", weights_only=True)
         assert torch.equal(content["model"]["fc.weight"], seen[best - 1])
         assert [row["levenshtein"] for row in content["history"]] == list(scores)
@@ -469,13 +472,13 @@ class TestCommands:
 
     def test_a_stopped_run_goes_on_bit_for_bit(self, run):
         train.EPOCH_IMAGES = 16
-        command = f"{FAST} --size 16 64 --batch-size 8 --epochs 3 --synthetic 0.5 --out"
+        command = f"{TINY} --batch-size 8 --epochs 3 --synthetic 0.5 --out"
         Path("a.pth").write_text("old")
         Path("a.pth.bak").write_text("older")
         run(f"{command} a.pth", "a.pth.bak.bak")
         assert Path("a.pth.bak.bak").read_text() == "old"
         run(f"{command} a.pth --resume", "has ended", fails=True)
-        watch(train, "validate", [mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt, mock.DEFAULT])
+        watch(train, "validate", [mock.DEFAULT, mock.DEFAULT, OSError, mock.DEFAULT])
         run(f"{command} b.pth", fails=True)
         run(f"{command} b.pth --resume --seed 3", "(seed)", fails=True)
         run(f"{command} b.pth --resume", "resumed after epoch 2")
@@ -488,9 +491,9 @@ class TestCommands:
     def test_a_run_ends_before_it_does_harm(self, run):
         ctc_loss, factors = model.F.ctc_loss, 9 * [1] + [np.nan, 1]
         watch(model.F, "ctc_loss", lambda *args: ctc_loss(*args) * factors.pop())
-        assert "nan" not in run(f"{TUNE} --out x.pth", "=== epoch 1")
+        assert "nan" not in run(f"{TINY} --out x.pth", "=== epoch 1")
         factors[:] = 9 * [np.nan]
-        run(f"{TUNE} --out x.pth", "not finite; lower --lr", fails=True)
+        run(f"{TINY} --out x.pth", "not finite; lower --lr", fails=True)
 
     def test_it_learns_from_nothing(self, run):
         """Strings of one to three digits, all of them 0 or 1, within seconds."""
@@ -509,7 +512,7 @@ class TestCommands:
         learnt = [text for text in texts if not data.is_held_out(text, 0.2)]
         # one machine with two processes, started as torchrun starts them
         config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
-        answers = elastic_launch(config, one_of_two)(f"{FAST} --synthetic 0 --size 16 64")
+        answers = elastic_launch(config, one_of_two)(f"{TINY} --synthetic 0")
         assert [answers[k][0] for k in (0, 1)] == [{*learnt[::2]}, {*learnt[1::2]}]
         assert answers[0][1] == answers[1][1] and capfd.readouterr().out.count("2 process(es)") == 1
 
@@ -536,7 +539,7 @@ class TestCommands:
                 pytest.raises(ValueError, predict.main, ["crop.jpg"])
 
     def test_copied_scripts_work_alone(self):
-        """Without assets/. Output may be full, closed, or ASCII alone."""
+        """Without assets/. Output may be full, or ASCII alone."""
         for name in ("data", "model", "train", "evaluate", "predict"):
             shutil.copy(HERE / f"{name}.py", f"empty/{name}.py")
         runs = []

@@ -206,7 +206,7 @@ def train(args):
             (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
     all_texts = [text for _, text in labelled]
     learnt.update(map(data.hash_label, all_texts))
-    fingerprint = torch.tensor(sorted(learnt), dtype=torch.int32)
+    fingerprint = torch.tensor(sorted(learnt))
     crop_share = 1 - synthetic_share(len(labelled), args)
     num_crops = max(round(crop_share * args.batch_size), min(1, len(labelled)))  # in a batch
     num_drawn = args.batch_size - num_crops
