@@ -99,18 +99,12 @@ def printable(path):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
-def say(*words, file=None):
-    """Print at once. Of the processes that torchrun starts, the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*words, file=file, flush=True)
-
-
 def warn(why, paths):
     """Warn of `paths`, if there are any, naming the first five."""
     if paths:
         names = ", ".join(printable(path) for path in paths[:5])
         dots = ", ..." * (len(paths) > 5)
-        say(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
+        print(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -119,10 +113,9 @@ def one_sentence():
     of the program shows its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Jupyter's has no such method, and no need of it
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:

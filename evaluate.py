@@ -47,8 +47,8 @@ def levenshtein(a, b):
         above = row
         row = [i]  # i deletions make the empty string of a[:i]
         for j, char_b in enumerate(b, 1):
-            substituted = above[j - 1] + (char_a != char_b)
-            row.append(min(above[j] + 1, row[j - 1] + 1, substituted))
+            # deleted, inserted, or substituted unless they are equal
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (char_a != char_b)))
     return row[-1]
 
 
@@ -209,7 +209,7 @@ def evaluate(
 
 def wrong_reads(scores):
     """The wrong reads, the most confident first: these tell most, be it of a wrong label."""
-    wrong = [result for result in scores["reads"] if result.true != result.pred]
+    wrong = (result for result in scores["reads"] if result.true != result.pred)
     return sorted(wrong, key=lambda result: -result.confidence)
 
 
@@ -283,10 +283,8 @@ def write_report(folder, scores):
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "predictions.csv", scores["reads"])
     page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
-    bins = scores["by_confidence"].items()
-    counts = ", ".join(str(n) for _, (_, n) in bins)
-    points = [(k + 0.5, right / n) for k, (right, n) in bins]
-    page += chart(f"Share of right reads by confidence, of {counts} reads", points)
+    points = [(k + 0.5, right / n) for k, (right, n) in scores["by_confidence"].items()]
+    page += chart("Share of right reads by tenths of confidence", points)
     for key in ("loss", "accuracy", "cer"):
         points = [(row["images"], row[key]) for row in scores["history"] if key in row]
         if points:

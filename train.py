@@ -15,6 +15,7 @@ import argparse
 import io
 import math
 import os
+import sys
 import time
 from collections import Counter
 
@@ -37,8 +38,8 @@ SMALL = {
     "size": [32, 128],
     "bidirectional": True,
     "epochs": 16,
-    "batch_size": 64,
-    "lr": 3e-3,
+    "batch_size": 32,
+    "lr": 2e-3,
     "weight_decay": 0.02,
     "optimizer": "AdamW",
     "amsgrad": False,
@@ -67,7 +68,7 @@ NOTEBOOK = {
     "synthetic": 0.0,
     "augment": False,
 }
-RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32, "lr": 2e-3}, "notebook": NOTEBOOK}
+RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
 MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
@@ -182,6 +183,8 @@ def train(args):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = None  # the first process speaks
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
 
     # 2) the network
@@ -212,7 +215,7 @@ def train(args):
     num_drawn = args.batch_size - num_crops
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
     steps = args.steps = math.ceil(batches / world_size)  # in an epoch
-    data.say(
+    print(
         f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
         f"{device} {precision}, {world_size} process(es)\n"
         f"training on {len(labelled):,} crops, {num_drawn / args.batch_size:.0%} of the images "
@@ -272,13 +275,13 @@ def train(args):
         epoch = len(history)
         done = epoch * steps
         start -= 60 * history[-1]["minutes"]
-        data.say(f"resumed after epoch {epoch}")
+        print(f"resumed after epoch {epoch}")
     elif rank == 0 and os.path.exists(args.out):  # that of an earlier run is kept
         earlier = f"{args.out}.bak"
         while os.path.lexists(earlier):
             earlier += ".bak"
         os.replace(args.out, earlier)
-        data.say(f"{args.out}: that of an earlier run is now {earlier}")
+        print(f"{args.out}: that of an earlier run is now {earlier}")
 
     while epoch < args.epochs:
         network.train()
@@ -334,14 +337,14 @@ def train(args):
                     raise data.InputError("the loss is not finite; lower --lr and --resume")
                 scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
                 speed = (step - lap_step) / seconds
-                data.say(
+                print(
                     f"epoch {epoch + 1} step {step:5,}  loss {recent.nanmean():6.3f}  "
                     f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
                 if 0.9 < scores["cer"] <= 1:
-                    data.say("  nearly all is blank: CTC's normal first phase, some 10,000 images")
+                    print("  nearly all is blank: CTC's normal first phase, some 10,000 images")
                 lap = time.perf_counter()
                 lap_step = step
 
@@ -365,7 +368,7 @@ def train(args):
             best = score
             best_weights = {name: x.cpu().clone() for name, x in ema.module.state_dict().items()}
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
-        data.say(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
+        print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
         content = {
             "model": best_weights,
             "config": network.config,
@@ -381,7 +384,7 @@ def train(args):
         file = io.BytesIO()
         torch.save(content, file)
         data.write_file(args.out, file.getvalue())
-    data.say(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
+    print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
 
 
 def main(argv=None):
