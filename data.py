@@ -11,7 +11,6 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
-import functools
 import io
 import itertools
 import math
@@ -64,10 +63,7 @@ def normalise(text):
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        try:
-            text = Path(text).read_text("utf-8-sig")
-        except (UnicodeDecodeError, OSError):
-            raise argparse.ArgumentTypeError(f"{text}: no such file of UTF-8 text") from None
+        text = Path(text).read_text("utf-8-sig")
     characters = "".join(dict.fromkeys(normalise(text).replace(" ", "")))
     if not characters:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
@@ -102,9 +98,8 @@ def printable(path):
 def warn(why, paths):
     """Warn of `paths`, if there are any, naming the first five."""
     if paths:
-        names = ", ".join(printable(path) for path in paths[:5])
-        dots = ", ..." * (len(paths) > 5)
-        print(f"warning: {len(paths):,} {why}: {names}{dots}", file=sys.stderr)
+        names = ", ".join(map(printable, paths[:5]))
+        print(f"warning: {len(paths):,} {why}: {names}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -122,6 +117,8 @@ def one_sentence():
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_output(path, suffix, inputs=()):
@@ -129,8 +126,8 @@ def check_output(path, suffix, inputs=()):
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
     path = Path(path).resolve()
-    is_new = path.suffix == suffix and os.access(path.parent, os.W_OK)
-    if not is_new or path in [Path(source).resolve() for source in inputs]:
+    is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
+    if not is_file or path in [Path(source).resolve() for source in inputs]:
         raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
@@ -141,13 +138,16 @@ def write_file(path, content):
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror}); free space?") from None
 
 
 def make_parser(text):
-    """A parser of a script's options; `text` tells what the script does, in lines of its own."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=text, formatter_class=formatter)
+    """A parser of a script's options, and what adds one; `text` tells what the script does."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser, parser.add_argument
 
 
 def machine_options(add):
@@ -162,6 +162,7 @@ def machine_options(add):
 # A plate that breaks a rule still teaches, so this is looser than PATTERNS. What ends in "~" is
 # a guess that nobody has confirmed (predict.py --label).
 PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
+REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
 FRAME = "whole CCPD photographs; cut them first: python data.py crop FRAMES OUT"
 UNLABELLED = "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg"
@@ -181,7 +182,7 @@ def parse_label(path, alphabet=ALPHABET):
         plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
         if len(plates) == 1:
             city, number = plates.pop()
-            repaired = number.replace("O", "0").replace("I", "1")
+            repaired = number.translate(REPAIR)
             return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
         return last, ""
@@ -196,8 +197,9 @@ def list_images(folder):
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
     known = Image.registered_extensions()
-    paths = sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    images = [path for path in paths if path.suffix.lower() in known and path.name[0] != "."]
+    files = ((root, name) for root, _, names in os.walk(folder) for name in names)
+    paths = sorted(Path(root, name) for root, name in files if name[0] != ".")
+    images = [path for path in paths if path.suffix.lower() in known]
     warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
     return images
 
@@ -235,7 +237,7 @@ def hash_label(text):
     """A number below 2**32, the same in all processes.
 
     Labels mix up O and 0, I and 1: these count as equal."""
-    return zlib.crc32(text.upper().replace("O", "0").replace("I", "1").encode())
+    return zlib.crc32(text.upper().translate(REPAIR).encode())
 
 
 def is_held_out(text, share):
@@ -285,9 +287,8 @@ def open_image(source):
 
 def load_image(source, size):
     """An image (see open_image) as uint8 (3, *size): for training, scoring and reading alike."""
-    height, width = size
-    image = open_image(source).resize((width, height), Image.BILINEAR)  # antialiased if it shrinks
-    return pil_to_tensor(image)
+    # antialiased if it shrinks; Pillow's sizes are (width, height)
+    return pil_to_tensor(open_image(source).resize(size[::-1], Image.BILINEAR))
 
 
 def attempt(function, *arguments):
@@ -301,7 +302,7 @@ def attempt(function, *arguments):
 def in_threads(function, *lists):
     """Yield in order what attempt(function, ...) gives for the elements of the lists."""
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(functools.partial(attempt, function), *lists)
+        yield from pool.map(attempt, itertools.repeat(function), *lists)
 
 
 def load_crops(crops, size):
@@ -320,7 +321,7 @@ def load_crops(crops, size):
     paths, texts = zip(*crops)
     kept = []
     errors = []
-    for text, image in zip(texts, in_threads(functools.partial(load_image, size=size), paths)):
+    for text, image in zip(texts, in_threads(load_image, paths, itertools.repeat(size))):
         if isinstance(image, InputError):
             errors.append(image)
         else:
@@ -472,16 +473,15 @@ def audit(folder, alphabet=ALPHABET):
             wrong["files that cannot be read"].append(size)
         else:
             sizes.append(size)
-    is_good = set(wrong) <= {REPAIRED}
-    wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
     texts = sum(splits.values(), [])
+    is_good = texts and set(wrong) <= {REPAIRED}
     counts = Counter("".join(texts))
     print("images", {split: len(some) for split, some in splits.items()})
+    wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
     print("lengths", dict(Counter(map(len, texts))))
     print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
-    # the least, the median and the largest
     quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
-    print("widths", quantiles[:, 0], "heights", quantiles[:, 1])
+    print("least, median and largest width and height", *quantiles)
     for remark, offenders in wrong.items():
         print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
     return is_good
@@ -509,14 +509,12 @@ def cut_frame(path, out, rectify):
     is_inside = left < right <= image.width and top < bottom <= image.height
     if not (PLATE.fullmatch(plate) and is_inside and len(corners) == 8):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
+    plate_image = image.crop((left, top, right, bottom))
     if rectify:
-        size = (right - left, bottom - top)
         corners = corners[4:6] + corners[2:4] + corners[:2] + corners[6:]  # as Pillow wants them
-        image = image.transform(size, Image.QUAD, corners, Image.BILINEAR)
-    else:
-        image = image.crop((left, top, right, bottom))
+        plate_image = image.transform(plate_image.size, Image.QUAD, corners, Image.BILINEAR)
     out.mkdir(parents=True, exist_ok=True)
-    image.save(out / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
+    plate_image.save(out / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
 
 
 def crop(frames, out, rectify=False):
@@ -525,15 +523,14 @@ def crop(frames, out, rectify=False):
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = list_images(frames)
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]
-    cut = functools.partial(cut_frame, rectify=rectify)
-    errors = [error for error in in_threads(cut, paths, folders) if error]
+    answers = in_threads(cut_frame, paths, folders, itertools.repeat(rectify))
+    errors = [error for error in answers if error]
     warn("photographs skipped", errors)
     print(f"{out}: {len(paths) - len(errors):,} plates cut, {len(errors):,} skipped")
 
 
 def main(argv=None):
-    parser = make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = make_parser(__doc__)
     add("command", choices=["audit", "crop"])
     add("folder", help="crops to audit, or the photographs to cut them out of")
     add("out", nargs="?", default="crops", help="the folder to write crops to (%(default)s)")

@@ -5,7 +5,7 @@
     python evaluate.py ckpt.pth --report DIR         # a page, DIR/report.html, with the errors
 
 A checkpoint that learnt from drawn plates alone is, without --data, tested on 2,000 others.
-Crops without a test folder are scored on those that training held out.
+Crops in one folder, without train and test, are scored on those that training held out.
 """
 
 import base64
@@ -141,15 +141,13 @@ def choose_images(root, split, content, learnt):
     folder = data.split_folder(root or learnt_from, split)
     crops = data.find_crops(folder, config["alphabet"])
     title = f"images of {folder}"
-    is_training_set = False
     if split != "train" and learnt_from and os.path.isdir(learnt_from):
         learnt_folder = data.split_folder(learnt_from, "train").resolve()
-        is_training_set = folder.resolve().is_relative_to(learnt_folder)
-    if is_training_set:
-        crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
-        if not crops:
-            raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
-        title += " that training held out"
+        if folder.resolve().is_relative_to(learnt_folder):
+            crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
+            title += " that training held out"
+    if not crops:
+        raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
     return *zip(*crops), title
 
 
@@ -163,13 +161,13 @@ def evaluate(
     device = model.pick_device(device)
     precision = precision or model.pick_precision(device)
     network, content = model.load_checkpoint(checkpoint, device)
-    network = model.fold_norms(network)
+    model.fold_norms(network)
     learnt = set(content["learnt"].tolist())
     sources, texts, title = choose_images(root, split, content, learnt)
     start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
-    speed = len(reads) / max(1e-9, time.perf_counter() - start)
+    speed = len(reads) / (time.perf_counter() - start)
     data.warn("files left out", [read.error for read in reads if read.error])
     results = [
         # an array has no file name
@@ -182,7 +180,6 @@ def evaluate(
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    bins = map(confidence_bin, confidences)
     decoding = "greedy"
     if predict.plate_patterns(network, grammar):
         decoding = "best plate, three views if unsure"
@@ -193,7 +190,7 @@ def evaluate(
         "speed": speed,
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
-        "by_confidence": count_right(zip(bins, rights)),
+        "by_confidence": count_right(zip(map(confidence_bin, confidences), rights)),
         "by_position": count_right((k, a == b) for k, (a, b) in matches(trues, preds)),
         "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
         "by_training": count_right(zip(seen, rights)),
@@ -229,9 +226,8 @@ def describe(scores):
         shares = "  ".join(f"{key} {right / n:.4f} of {n}" for key, (right, n) in counts)
         lines.append(f"{name:11}  {shares}")
     pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
-    lines.append(f"confusions   {pairs}")
     wrong = wrong_reads(scores)
-    lines.append(f"errors       {len(wrong):,}")
+    lines += [f"confusions   {pairs}", f"errors       {len(wrong):,}"]
     for name, true, pred, confidence, _ in wrong[:5]:
         lines.append(f"  {data.printable(name)}  true {true}  read {pred}  {confidence:.3f}")
     return "\n".join(lines)
@@ -304,8 +300,7 @@ def write_report(folder, scores):
 
 
 def main(argv=None):
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__)
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the one in assets)")
     add("--data", dest="root", help="crops, or a folder of train and test; see above")
     add("--split", default="test", help="which folder of --data (default: %(default)s)")

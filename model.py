@@ -73,8 +73,8 @@ class CRNN(nn.Module):
         self.steps = size[1] // 4
         self.cnn = nn.Sequential()
         c_in = 3  # red, green, blue
-        for c_out, rows, columns in self.layers:
-            self.cnn.append(ConvNorm(c_in, c_out, stride=(rows, columns)))
+        for c_out, *stride in self.layers:
+            self.cnn.append(ConvNorm(c_in, c_out, stride=stride))
             c_in = c_out
         # the rows that are left become one
         self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
@@ -121,8 +121,7 @@ class NotebookCRNN(nn.Module):
         self.cnn = nn.Sequential()
         channels = (3, 32, 64, 128, 256, 512)
         for c_in, c_out in zip(channels, channels[1:]):
-            self.cnn.append(ConvNorm(c_in, c_out))
-            self.cnn.append(ConvNorm(c_out, c_out, pool=True))
+            self.cnn.extend([ConvNorm(c_in, c_out), ConvNorm(c_out, c_out, pool=True)])
         self.proj = nn.Linear(size[1] // 32, self.steps)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
         self.fc = nn.Linear(256 * (1 + bidirectional), len(alphabet) + 1)
@@ -247,8 +246,8 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
                     fitting[text] = [p for p in fitting[prefix] if k < len(p) and char in p[k]]
                 if fitting[text] or not patterns:
                     following[text][1] += so_far * share
-        best = sorted(following, key=lambda prefix: -sum(following[prefix]))
-        beams = {prefix: following[prefix] for prefix in best[:beam_width]}
+        best = sorted(following.items(), key=lambda beam: -sum(beam[1]))
+        beams = dict(best[:beam_width])
     return [text for text in beams if not patterns or is_plate(text, patterns)]
 
 
@@ -291,8 +290,7 @@ def pick_precision(device):
 
 
 def autocast(device, precision):
-    """The context in which a network runs in `precision` (None: the device's fastest)."""
-    precision = precision or pick_precision(device)
+    """The context in which a network runs in `precision`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 

@@ -118,12 +118,11 @@ def read_batch(sources, network, precision, *options):
     size = network.config["size"]
     loaded = [data.attempt(data.load_image, source, size) for source in sources]
     blank = torch.zeros(3, *size, dtype=torch.uint8)  # in place of an image that cannot be read
-    images = [blank if isinstance(image, data.InputError) else image for image in loaded]
-    images = torch.stack(images)
+    images = torch.stack([image if torch.is_tensor(image) else blank for image in loaded])
     logits = model.predict_logits(network, images, precision)
     reads = read_images(images, logits, network, precision, *options)
     return [
-        Read("", 0.0, [], str(image)) if isinstance(image, data.InputError) else read
+        read if torch.is_tensor(image) else Read("", 0.0, [], str(image))
         for image, read in zip(loaded, reads)
     ]
 
@@ -135,18 +134,17 @@ def read_all(sources, size, network, *options):
     that none waits for another's share of a batch."""
     # a camera may fill its array again
     sources = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
-    count = torch.get_num_threads() if network.fc.weight.device.type == "cpu" else 1
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    threads = torch.get_num_threads()
+    count = threads if network.fc.weight.device.type == "cpu" else 1
     waiting = deque()
-    try:
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for batch in iter(lambda: list(itertools.islice(sources, size)), []):
             waiting.append(pool.submit(read_batch, batch, network, *options))
             if len(waiting) > count:
                 yield from waiting.popleft().result()
         for last in waiting:
             yield from last.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(threads)  # or threads that start later would have one core too
 
 
 def adapt_to_place(reads):
@@ -186,7 +184,8 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
 
     sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
     Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
-    core is taken before the first answer; for a live camera call next(read(network, frame)).
+    core and one more are taken before the first answer; for a live camera call
+    next(read(network, frame)).
 
     precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
     plate_patterns. top: how many alternatives to give. adapt: see adapt_to_place; a read then
@@ -195,6 +194,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
+    precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
     one = (str, bytes, os.PathLike, Image.Image)
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
@@ -225,7 +225,7 @@ def explain(network, paths, out, precision=None, grammar=None):
 
     data.check_output(out, ".png", paths)
     image = data.load_image(paths[0], network.config["size"])
-    logits = model.predict_logits(network, image[None], precision)
+    logits = model.predict_logits(network, image[None])
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     width = 28 * len(classes)  # each time step stands below the columns it comes from
     heights = (130 * shares).repeat_interleave(28)  # (width,), in pixels
@@ -234,11 +234,11 @@ def explain(network, paths, out, precision=None, grammar=None):
     bars = bars.to(torch.uint8).expand(3, -1, -1)
     names = f"-{network.config['alphabet']}"
     line = "".join(names[k] for k in classes)
-    patterns = plate_patterns(network, grammar)
-    (result,) = read_images(image[None], logits, network, precision, patterns, 4, False)
-    strings = [f"{text} {probability:.4f}" for text, probability in result.alternatives[:4]]
-    rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
-    rows += [plates.text_picture(string, (32, width)) for string in strings]
+    height = width * image.shape[1] // image.shape[2]
+    rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
+    (result,) = read(network, paths[0], precision, grammar, top=4)
+    for text, probability in result.alternatives:
+        rows.append(plates.text_picture(f"{text} {probability:.4f}", (32, width)))
     to_pil_image(torch.cat(rows, 1)).save(out)
 
 
@@ -259,8 +259,11 @@ def export(network, out):
 
 def reading_options(add):
     """Add the options of every script that reads with a checkpoint."""
-    switch = argparse.BooleanOptionalAction
-    add("--grammar", action=switch, help="read only plates (default: not for other alphabets)")
+    add(
+        "--grammar",
+        action=argparse.BooleanOptionalAction,
+        help="read only plates (default: not for other alphabets)",
+    )
     add(
         "--adapt", action="store_true", help="5 images or more of one place: each helps to read all"
     )
@@ -271,17 +274,16 @@ def keep(path, result, folder, number, above):
     """Copy a crop to `folder`, named by its plate; to folder/unsure if it is less sure."""
     mark = ""
     if result.confidence < above:
-        folder = Path(folder, "unsure")
+        folder += "/unsure"
         mark = "~"  # a guess, which training leaves out until a person corrects the name
     os.makedirs(folder, exist_ok=True)
-    shutil.copyfile(path, Path(folder, f"{number:06}-{result.plate}{mark}{Path(path).suffix}"))
+    shutil.copyfile(path, f"{folder}/{number:06}-{result.plate}{mark}{Path(path).suffix}")
 
 
 def main(argv=None):
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__)
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
-    add("--top", type=data.between(int, 1, 1000), default=1, help="print the K likeliest plates")
+    add("--top", type=data.between(int, 1, 12), default=1, help="print the K likeliest plates")
     add("--label", metavar="OUT", help="copy the crops to OUT, named by what was read")
     add("--above", type=float, default=0.9, help="those less sure go to OUT/unsure (%(default)s)")
     add("--explain", metavar="OUT.png", help="draw how the first image was read")
@@ -316,7 +318,7 @@ def main(argv=None):
             if args.label:
                 keep(path, result, args.label, good, args.above)
         failures = len(paths) - good
-        speed = good / max(1e-9, time.perf_counter() - start)
+        speed = good / (time.perf_counter() - start)
         print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
         if failures:
             sys.exit(1)

@@ -46,13 +46,13 @@ FRAMES = """200&400_500&560-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16
 9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16"""
 # parts of a checkpoint, and values that do not fit
 MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).expand(10**9))]
-# mean, deviation, difference of rows and of columns: of drawn plates, and photographed again
-GOLDEN = (126.114, 77.629, 13.096, 11.121, 128.441, 75.051, 9.863, 8.876)
 MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn", "rnn")]
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
+# mean, deviation, difference of rows and of columns: of drawn plates, and photographed again
+GOLDEN = (126.114, 77.629, 13.096, 11.121, 128.441, 75.051, 9.863, 8.876)
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
-no such file: predict absent.pth crop.jpg; predict a.jfif; train --alphabet absent.txt
+no such file: predict absent.pth crop.jpg; predict a.jfif
 name a new file: predict crop.jpg --export x.xyz; predict crop.png --explain crop.png
 name a new file: evaluate --csv half.pth; evaluate --json no/x.json; plates show crop.jpg
 name a new file: train --out crop.jpg; train --out empty; train --out no/x.pth
@@ -61,7 +61,7 @@ not on this machine: predict crop.jpg --device cuda:99; train --device nonsense
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled crops: evaluate --data frames; plates show x.png empty
 multiples of: train --size 50 131; train --size 32 28 | no such folder: data crop absent out
-No such file: evaluate --data absent; train --data absent | no such folder: data audit absent
+No such file: evaluate --data absent; train --alphabet absent.txt | no such folder: data audit absent
 no readable path: predict zero.jpg
 has no folder 'other': evaluate --data plates --split other | none can be read: evaluate --data bad
 no images there: predict empty; predict | no crop there can be read: {FAST} --data bad --synthetic 0
@@ -323,7 +323,7 @@ class TestCommands:
         shutil.copy(min(Path("frames").iterdir()), "set/train")
         said = "2 files whose names hold no label; IMG-0042; 1 whole CCPD; 1 labels held O; 1 files"
         run("plates show x.png set", f"{said}; 2 files left out; 6 labelled")
-        said += f"; 1 plates in train and test\n    {path.stem[8:]}; [256. 256. 720.]"
+        said += f"; 1 plates in train and test\n    {path.stem[8:]}; [256.  80.]; 1160.]"
         said += "; {'test': 1, 'train': 8}; '闽': 0; 4 files that cannot be read"
         run("data audit set", said, fails=True)
 

@@ -9,6 +9,10 @@
 
 All of a run is in one file, ckpt.pth: the best weights, the arguments, the history, and until
 the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
+
+Of the options that stand in RECIPES: --warmup is in steps, then the learning rate falls to 0 with
+--decay; --clip is the max gradient norm; --average the steps of the EMA of the weights; --prior
+discounts how often each province occurs among the crops.
 """
 
 import argparse
@@ -27,10 +31,7 @@ import data
 import evaluate
 import model
 
-try:
-    from assets import plates
-except ImportError:  # train.py was copied without assets/: it can learn from crops
-    plates = None
+plates = evaluate.plates  # None if train.py was copied without assets/: it can learn from crops
 
 # All that differs between the recipes: each number and each switch is an option as well, such as
 # --batch-size or --no-augment. The baseline's values are its own.
@@ -77,8 +78,7 @@ MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
 
 
 def parse_arguments(argv):
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__)
     share = data.between(float, 0, 1)
     add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
@@ -94,13 +94,12 @@ def parse_arguments(argv):
     data.machine_options(add)
     # the numbers and switches of the recipe are options too
     for name, value in SMALL.items():
-        flag = "--" + name.replace("_", "-")
+        flag = f"--{name.replace('_', '-')}"
         kind = type(value)
         if kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
         elif kind in (int, float):
-            least = 1 if kind is int else 0
-            add(flag, type=data.between(kind, least, 10**6), help=f"(small: {value})")
+            add(flag, type=data.between(kind, int(kind is int), math.inf), help=f"(small: {value})")
     args = parser.parse_args(argv)
     config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
@@ -110,9 +109,8 @@ def parse_arguments(argv):
     if changed:
         raise data.InputError(f"{args.init}: has another --{changed[0]}; drop yours")
     if not model.is_config(**{name: vars(args)[name] for name in CONFIG}):
-        multiples = model.NETWORKS[args.model].multiples
-        sizes = f"multiples of {multiples}, to 512 2048, and no / in --alphabet"
-        raise data.InputError(f"--size {args.size}: give {sizes}")
+        sizes = f"multiples of {model.NETWORKS[args.model].multiples}, 64 wide to 512 2048"
+        raise data.InputError(f"--size {args.size}: give {sizes}, and no / in --alphabet")
     args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
@@ -182,9 +180,9 @@ def train(args):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()  # nccl for GPUs, gloo for CPUs
     if rank > 0:
-        sys.stdout = None  # the first process speaks
+        sys.stdout = None  # the first process tells how the run goes
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
 
     # 2) the network
@@ -222,22 +220,20 @@ def train(args):
         f"drawn; {len(held_out):,} crops held out\n"
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
-    prior = torch.zeros(args.batch_size, len(args.alphabet) + 1)
+    prior = torch.zeros(args.batch_size, len(args.alphabet) + 1, device=device)
     if args.prior:
         prior[:num_crops] = province_prior(all_texts, args.alphabet)
-    prior = prior.to(device)
     if labelled:
-        crops, texts = data.load_crops(labelled[rank::world_size], args.size)
+        crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
     validation = []
-    if rank == 0 and held_out:
+    if held_out and rank == 0:
         validation.append(data.load_crops(held_out, args.size))
-    if rank == 0 and num_drawn:
+    if num_drawn and rank == 0:
         validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
 
     # 4) the optimizer, and the averaged weights
     optimizer = getattr(torch.optim, args.optimizer)(
         network.parameters(),
-        lr=args.lr,
         weight_decay=args.weight_decay,
         amsgrad=args.amsgrad,
         fused=True,
@@ -251,7 +247,7 @@ def train(args):
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, max(1 / args.average, 9 / (9 + done)))
 
-    ema = AveragedModel(network, device, multi_avg_fn=move, use_buffers=True)
+    ema = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
     parts = (network, ema, optimizer, scaler)
 
     # 5) resume
@@ -276,12 +272,6 @@ def train(args):
         done = epoch * steps
         start -= 60 * history[-1]["minutes"]
         print(f"resumed after epoch {epoch}")
-    elif rank == 0 and os.path.exists(args.out):  # that of an earlier run is kept
-        earlier = f"{args.out}.bak"
-        while os.path.lexists(earlier):
-            earlier += ".bak"
-        os.replace(args.out, earlier)
-        print(f"{args.out}: that of an earlier run is now {earlier}")
 
     while epoch < args.epochs:
         network.train()
@@ -304,7 +294,7 @@ def train(args):
                 if args.augment:
                     batch = data.camera(batch, args.size, data.CROP_STRENGTH)
                 images.append(batch)
-                labels += [texts[k] for k in chosen.tolist()]
+                labels += [texts[k] for k in chosen]
             if num_drawn:
                 batch, new = plates.draw_plates(num_drawn, args.size, plates.PRACTICE, device)
                 images.append(batch)
@@ -316,8 +306,7 @@ def train(args):
             loss = model.ctc_loss(logits + prior, labels, args.alphabet)
 
             # 8) backward and step
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done, steps * args.epochs, args)
+            optimizer.param_groups[0]["lr"] = learning_rate(done, steps * args.epochs, args)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -330,7 +319,7 @@ def train(args):
 
             # 9) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
-            seconds = max(1e-9, time.perf_counter() - lap)
+            seconds = time.perf_counter() - lap
             if done == 10 or step % 100 == 0 or step == steps or seconds > 30:
                 recent = torch.stack(losses[lap_step:])
                 if not recent.isfinite().any():
@@ -344,7 +333,7 @@ def train(args):
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
                 if 0.9 < scores["cer"] <= 1:
-                    print("  nearly all is blank: CTC's normal first phase, some 10,000 images")
+                    print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
                 lap = time.perf_counter()
                 lap_step = step
 
@@ -380,20 +369,24 @@ def train(args):
         if epoch < args.epochs:
             content["resume"] = [part.state_dict() for part in parts]
 
-        # 11) save all of it in one file
+        # 11) save all of it in one file; that of an earlier run is kept
+        if epoch == 1 and os.path.exists(args.out):
+            earlier = f"{args.out}.bak"
+            while os.path.lexists(earlier):
+                earlier += ".bak"
+            os.replace(args.out, earlier)
+            print(f"{args.out}: that of an earlier run is now {earlier}")
         file = io.BytesIO()
         torch.save(content, file)
         data.write_file(args.out, file.getvalue())
     print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def main(argv=None):
     with data.one_sentence():
-        try:
-            train(parse_arguments(argv))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        train(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -81,14 +81,13 @@ TEST = (2000, "test")
 # plates, mm the number of pixels in a millimetre.
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache
 def load_glyphs(height, device="cpu"):
     """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
-    with Image.open(GLYPHS) as image:
-        sheet = pil_to_tensor(image.convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
+    sheet = pil_to_tensor(Image.open(GLYPHS).convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
     cells = sheet.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
     cells = F.interpolate(cells, (height, height // 2), mode="bilinear", antialias=True)
-    return cells.clamp(0, 1).to(device)
+    return cells.to(device)
 
 
 def on_device(values, device):
@@ -204,8 +203,7 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
     canvases = []
     with device:
         for plate_type in dict.fromkeys(types):
-            number = types.count(plate_type)
-            texts = [random_text(plate_type.patterns, practice) for _ in range(number)]
+            texts = [random_text(x.patterns, practice) for x in types if x == plate_type]
             all_texts += texts
             canvases.append(paint(plate_type, texts, glyphs))
         return data.camera(torch.cat(canvases), size, extent=EXTENT), all_texts
@@ -224,7 +222,8 @@ def fixed_plates(count, seed, size):
 
 
 def text_picture(text, size, red=()):
-    """`text` on white, from the left: uint8 (3, *size). Characters at the places `red` are red."""
+    """`text` on white, from the left, as much as fits: uint8 (3, *size). Characters at the places
+    `red` are red."""
     height, width = size
     step = height // 2 + 2
     page = Image.new("RGB", (width, height), "white")
@@ -275,8 +274,7 @@ def render(out, count):
 
 
 def main(argv=None):
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__)
     add("command", choices=["show", "render"])
     add("out", help="the picture, or the folder, to write")
     add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
