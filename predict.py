@@ -159,19 +159,23 @@ def adapt_to_place(reads):
         return reads
     adapted = reads
     for _ in range(20):
-        # how many plates begin with each province and city, by expectation
+        # how many plates begin with a province, and with it and a city's letter, by expectation
         counts = Counter()
         for read in adapted:
             for text, share in read.alternatives:
+                counts[text[:1]] += share
                 counts[text[:2]] += share
-        even = sum(counts.values()) / len(data.PROVINCES) / len(data.LETTERS)
+        even = sum(counts.values()) / 2 / len(data.PROVINCES)  # if no province were common
         adapted = []
         for read in reads:
             rest = 1.0  # all strings that are no candidates keep their weight
             weights = Counter()
             for text, share in read.alternatives:
-                # as if each beginning had been seen a tenth of a time before
-                weights[text] = share * (counts[text[:2]] + 0.1) / (even + 0.1)
+                # as if each province had been seen half a time before, and each city two times
+                in_province = counts[text[:1]]
+                province = (in_province + 0.5) / (even + 0.5)
+                city = (counts[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
+                weights[text] = share * province * city
                 rest -= share
             norm = rest + sum(weights.values())
             pairs = [(text, weight / norm) for text, weight in weights.most_common()]
