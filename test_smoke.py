@@ -61,8 +61,8 @@ not on this machine: predict crop.jpg --device cuda:99; train --device nonsense
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled crops: evaluate --data frames; plates show x.png empty
 multiples of: train --size 50 131; train --size 32 28 | no such folder: data crop absent out
-No such file: evaluate --data absent; train --alphabet absent.txt | no such folder: data audit absent
-no readable path: predict zero.jpg
+No such file: evaluate --data absent; train --alphabet absent.txt
+no such folder: data audit absent | no readable path: predict zero.jpg
 has no folder 'other': evaluate --data plates --split other | none can be read: evaluate --data bad
 no images there: predict empty; predict | no crop there can be read: {FAST} --data bad --synthetic 0
 holds no characters: train --alphabet empty.txt

@@ -7,11 +7,13 @@ plate.png     one drawn plate
 reads.png     drawn plates, and what the model reads
 ctc.png       how it reads one of them
 
-The repository's checkpoint comes from two runs on drawn plates, `python train.py --model wide` and
-from there `python train.py --init ckpt.pth --epochs 48 --seed 1`. Both had earlier cameras; that of
-the second was out of focus more often than the present one. In data.py, blur(): across = 0.15 +
-pixels * 2.2 * r**4, along = across + pixels * 4.5 * r**5, r being random.random();
-photograph(): 0.68 in place of 0.55; warp(): tight = rand(count, 2, 1, 1) ** pair(2, 1), and
+The repository's checkpoint comes from two runs on drawn plates,
+`python train.py --model wide --batch-size 64` and from there
+`python train.py --init ckpt.pth --epochs 48 --batch-size 64 --seed 1`. Both had earlier cameras;
+that of the second was out of focus more often than the present one. In data.py, blur():
+across = 0.15 + pixels * 2.2 * r**4, along = across + pixels * 4.5 * r**5, r being
+random.random(); photograph(): 0.68 in place of 0.55; warp():
+tight = rand(count, 2, 1, 1) ** pair(2, 1), and
 zoom = 1 + strength * (pair(0.27, 0.60) * tight - pair(0.08, 0.15)).
 """
 
