@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -309,7 +308,6 @@ def main(argv=None):
         network = load(checkpoint, args.device)
         if args.explain:
             explain(network, paths, args.explain, args.precision, args.grammar)
-        start = time.perf_counter()
         good = 0
         reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
         for path, result in zip(paths, reads):
@@ -322,8 +320,7 @@ def main(argv=None):
             if args.label:
                 keep(path, result, args.label, good, args.above)
         failures = len(paths) - good
-        speed = good / (time.perf_counter() - start)
-        print(f"{good:,} read, {failures:,} unreadable, {speed:.0f} images/s", file=sys.stderr)
+        print(f"{good:,} read, {failures:,} unreadable", file=sys.stderr)
         if failures:
             sys.exit(1)
 

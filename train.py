@@ -280,8 +280,7 @@ def train(args):
             rounds = math.ceil(steps * num_crops / len(crops))
             order = torch.randperm(rounds * len(crops)) % len(crops)  # each crop equally often
         losses = []
-        lap = time.perf_counter()
-        lap_step = 0
+        epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
             # 6) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
             # follows from its place in the run.
@@ -319,13 +318,12 @@ def train(args):
 
             # 9) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
-            seconds = time.perf_counter() - lap
-            if done == 10 or step % 100 == 0 or step == steps or seconds > 30:
-                recent = torch.stack(losses[lap_step:])
+            if done == 10 or step % 50 == 0 or step == steps:
+                recent = torch.stack(losses[-50:])
                 if not recent.isfinite().any():
                     raise data.InputError("the loss is not finite; lower --lr and --resume")
                 scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
-                speed = (step - lap_step) / seconds
+                speed = step / (time.perf_counter() - epoch_start)
                 print(
                     f"epoch {epoch + 1} step {step:5,}  loss {recent.nanmean():6.3f}  "
                     f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
@@ -334,8 +332,6 @@ def train(args):
                 )
                 if 0.9 < scores["cer"] <= 1:
                     print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
-                lap = time.perf_counter()
-                lap_step = step
 
         # 10) validate the averaged weights, and keep the best: the first process does
         epoch += 1
