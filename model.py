@@ -307,10 +307,9 @@ def images_at_once(network):
 def predict_logits(network, images, precision="fp32"):
     """uint8 (B, 3, H, W) on any device to float32 logits (T, B, C) on the CPU."""
     device = network.fc.weight.device
-    logits = []
-    for piece in images.split(images_at_once(network)):
-        with autocast(device, precision):
-            logits.append(network(piece.to(device, non_blocking=True)).float())
+    pieces = images.split(images_at_once(network))
+    with autocast(device, precision):
+        logits = [network(piece.to(device, non_blocking=True)).float() for piece in pieces]
     return torch.cat(logits, 1).cpu()  # decoding is many small steps, for which a GPU would wait
 
 

@@ -226,10 +226,11 @@ def train(args):
     if labelled:
         crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
     validation = []
-    if held_out and rank == 0:
-        validation.append(data.load_crops(held_out, args.size))
-    if num_drawn and rank == 0:
-        validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
+    if rank == 0:
+        if held_out:
+            validation.append(data.load_crops(held_out, args.size))
+        if num_drawn:
+            validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
 
     # 4) the optimizer, and the averaged weights
     optimizer = getattr(torch.optim, args.optimizer)(

@@ -194,14 +194,13 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
     """Pictures of `count` plates that do not exist: uint8 (count, 3, *size), and their strings.
 
     practice: see random_text."""
-    device = torch.device(device)
     # finer than the picture of it: a character of 90 mm takes 64% of a plate's height
     glyphs = load_glyphs(round(1.25 * size[0]), device)
     shares = [plate_type.share for plate_type in PLATE_TYPES]
     types = random.choices(PLATE_TYPES, shares, k=count)
     all_texts = []
     canvases = []
-    with device:
+    with torch.device(device):
         for plate_type in dict.fromkeys(types):
             texts = [random_text(x.patterns, practice) for x in types if x == plate_type]
             all_texts += texts
