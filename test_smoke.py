@@ -343,6 +343,7 @@ class TestCommands:
         assert head == "filename,true,pred,confidence,same" and 0.4 < score < 1
         _, trues, reads, confidences, _ = zip(*(row.split(",") for row in rows))
         assert score == near(sum(map(str.__eq__, trues, reads)) / 54, abs=1e-4)
+        assert sum(map(float, confidences)) == near(48.258, abs=5e-3)  # as measured
         paths = sorted(Path("plates/train").iterdir())
         lines = [f"{path}\t{plate}\t" for path, plate in zip(paths, reads)]
         run("predict ckpt.pth plates/train --precision fp32", "; ".join(lines))
