@@ -99,7 +99,8 @@ def parse_arguments(argv):
         if kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
         elif kind in (int, float):
-            add(flag, type=data.between(kind, int(kind is int), math.inf), help=f"(small: {value})")
+            least = int(kind is int and name != "warmup")
+            add(flag, type=data.between(kind, least, math.inf), help=f"(small: {value})")
     args = parser.parse_args(argv)
     config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
