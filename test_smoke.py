@@ -441,7 +441,7 @@ class TestCommands:
         shift = (logits[:6].mean(0) - logits[6:].mean(0)) @ prior / (prior @ prior)
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
         row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
-        # of a network that hardly learns; in the loss is dropout, which differs with torch's version
+        # of a network that hardly learns; in the loss is dropout, which varies with torch's version
         assert row["val_loss"] == near(0.0502, abs=1e-3) and row["loss"] == near(0.135, abs=0.01)
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")
@@ -449,8 +449,9 @@ class TestCommands:
         train.EPOCH_IMAGES = 8
         options = "--size 32 64 --epochs 1 --batch-size 40"
         run(f"train --data plates --model notebook {options}", "notebook 32 x 64")
-        small = "--size 16 64 --batch-size 4 --epochs 1 --val 0 --precision bf16"
-        run(f"train {small}", "cpu bf16")
+        half = "bf16" if hasattr(torch, "accelerator") else "fp32"  # no LSTM of torch 2.4 with AVX2
+        small = f"--size 16 64 --batch-size 4 --epochs 1 --val 0 --precision {half}"
+        run(f"train {small}", f"cpu {half}")
 
     @cases("scores, best", [((3, 1, 2), 2), ((2, 2, 2), 3)])
     def test_the_best_epoch_is_kept(self, run, scores, best):
