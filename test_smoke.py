@@ -227,6 +227,8 @@ class TestParts:
         assert mean == near((losses[0] + losses[1] / 3) / 2, rel=1e-4)
         assert [model.steps_needed(text) for text in ("", "ab", "aab", "aaa")] == [0, 2, 4, 5]
         assert model.probabilities(logits, ["aaa", "aba"], "abc")[0] == 0
+        sharp = torch.tensor([[-9.0, 0.0, -20.0], [-9.0, -20.0, 0.0]])  # spells ab
+        assert model.beam_search(sharp, "ab", (("a",),)) == ["a"]  # by an unlikely blank
 
     @cases("name", PARAMETERS)
     def test_a_network_reads_each_image_alone_folded_or_saved(self, name):
@@ -372,7 +374,8 @@ class TestCommands:
             name[7:] for name in fresh
         )
         run("predict crop.jpg --explain ctc.png --export model.pt2", "model.pt2: written")
-        assert Image.open("ctc.png").width >= 32 * 28
+        picture = np.asarray(Image.open("ctc.png"))
+        assert picture.shape[1] == 32 * 28 and picture.mean() == near(174.8, abs=0.5)
         assert b"\\u7696" in Path("model.pt2").read_bytes()  # 皖 in JSON, so the alphabet
         answer = torch.export.load("model.pt2").module()(images)
         assert torch.allclose(answer, model.predict_logits(predict.load(), images), atol=1e-3)
