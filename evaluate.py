@@ -146,8 +146,9 @@ def choose_images(root, split, content, learnt):
         if folder.resolve().is_relative_to(learnt_folder):
             crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
             title += " that training held out"
-    if not crops:
-        raise data.InputError(f"{folder}: the network learnt from all of it; add a test folder")
+            if not crops:
+                cure = "the network learnt from all of it; add a test folder"
+                raise data.InputError(f"{folder}: {cure}")
     return *zip(*crops), title
 
 

@@ -21,6 +21,7 @@ pretrained model in assets, which learnt from drawn plates alone.
 
 import argparse
 import glob
+import io
 import itertools
 import json
 import os
@@ -136,14 +137,16 @@ def read_all(sources, size, network, *options):
     threads = torch.get_num_threads()
     count = threads if network.fc.weight.device.type == "cpu" else 1
     waiting = deque()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for batch in iter(lambda: list(itertools.islice(sources, size)), []):
-            waiting.append(pool.submit(read_batch, batch, network, *options))
-            if len(waiting) > count:
-                yield from waiting.popleft().result()
-        for last in waiting:
-            yield from last.result()
-    torch.set_num_threads(threads)  # or threads that start later would have one core too
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for batch in iter(lambda: list(itertools.islice(sources, size)), []):
+                waiting.append(pool.submit(read_batch, batch, network, *options))
+                if len(waiting) > count:
+                    yield from waiting.popleft().result()
+            for last in waiting:
+                yield from last.result()
+    finally:
+        torch.set_num_threads(threads)  # or threads that start later would have one core too
 
 
 def adapt_to_place(reads):
@@ -228,7 +231,8 @@ def explain(network, paths, out, precision=None, grammar=None):
 
     data.check_output(out, ".png", paths)
     image = data.load_image(paths[0], network.config["size"])
-    logits = model.predict_logits(network, image[None])
+    precision = precision or model.pick_precision(network.fc.weight.device)
+    logits = model.predict_logits(network, image[None], precision)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     width = 28 * len(classes)  # each time step stands below the columns it comes from
     heights = (130 * shares).repeat_interleave(28)  # (width,), in pixels
@@ -239,8 +243,9 @@ def explain(network, paths, out, precision=None, grammar=None):
     line = "".join(names[k] for k in classes)
     height = width * image.shape[1] // image.shape[2]
     rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
-    (result,) = read(network, paths[0], precision, grammar, top=4)
-    for text, probability in result.alternatives:
+    patterns = plate_patterns(network, grammar)
+    (result,) = read_images(image[None], logits, network, precision, patterns, 4, False)
+    for text, probability in result.alternatives[:4]:
         rows.append(plates.text_picture(f"{text} {probability:.4f}", (32, width)))
     to_pil_image(torch.cat(rows, 1)).save(out)
 
@@ -256,7 +261,9 @@ def export(network, out):
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, out, extra_files={"facts.json": facts})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"facts.json": facts})
+    data.write_file(out, file.getvalue())
     print(f"{out}: written")
 
 

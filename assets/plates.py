@@ -200,7 +200,7 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
     types = random.choices(PLATE_TYPES, shares, k=count)
     all_texts = []
     canvases = []
-    with torch.device(device):
+    with data.lying_on(torch.device(device)):
         for plate_type in dict.fromkeys(types):
             texts = [random_text(x.patterns, practice) for x in types if x == plate_type]
             all_texts += texts
