@@ -98,8 +98,8 @@ def printable(path):
 def warn(why, paths):
     """Warn of `paths`, if there are any, naming the first five."""
     if paths:
-        names = ", ".join(map(printable, paths[:5]))
-        print(f"warning: {len(paths):,} {why}: {names}", file=sys.stderr)
+        text = f"warning: {len(paths):,} {why}"
+        print(text, *map(printable, paths[:5]), sep="\n    ", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -197,8 +197,7 @@ def list_images(folder):
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
     known = Image.registered_extensions()
-    files = ((root, name) for root, _, names in os.walk(folder) for name in names)
-    paths = sorted(Path(root, name) for root, name in files if name[0] != ".")
+    paths = sorted(path for path in Path(folder).rglob("[!.]*") if not path.is_dir())
     images = [path for path in paths if path.suffix.lower() in known]
     warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
     return images
@@ -214,20 +213,25 @@ def split_folder(root, split):
     return folders[split]
 
 
-def find_crops(folder, alphabet=ALPHABET):
-    """The labelled crops below `folder`: [(path, text), ...]. Raises InputError if there are none.
+def label_images(folder, alphabet):
+    """All images below `folder` with their labels: [(path, text or None), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    crops = []
+    labelled = []
     remarks = defaultdict(list)
     for path in list_images(folder):
         text, remark = parse_label(path, alphabet)
+        labelled.append((path, text))
         if remark:
             remarks[remark].append(path)
-        if text:
-            crops.append((path, text))
     for remark in remarks:
         warn(remark, remarks[remark])
+    return labelled
+
+
+def find_crops(folder, alphabet=ALPHABET):
+    """The labelled crops among label_images: [(path, text), ...]. Raises InputError for none."""
+    crops = [crop for crop in label_images(folder, alphabet) if crop[1]]
     if not crops:
         raise InputError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
     return crops
@@ -300,9 +304,17 @@ def attempt(function, *arguments):
 
 
 def in_threads(function, *lists):
-    """Yield in order what attempt(function, ...) gives for the elements of the lists."""
+    """Yield in order (k, what the function returns for the k-th elements of the lists).
+
+    Where it raises InputError it yields nothing, and stderr names these in the end."""
+    errors = []
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(attempt, itertools.repeat(function), *lists)
+        for k, answer in enumerate(pool.map(attempt, itertools.repeat(function), *lists)):
+            if isinstance(answer, InputError):
+                errors.append(answer)
+            else:
+                yield k, answer
+    warn("files left out", errors)
 
 
 def load_crops(crops, size):
@@ -320,14 +332,9 @@ def load_crops(crops, size):
         images = np.memmap(file, np.uint8, "w+", shape=shape)
     paths, texts = zip(*crops)
     kept = []
-    errors = []
-    for text, image in zip(texts, in_threads(load_image, paths, itertools.repeat(size))):
-        if isinstance(image, InputError):
-            errors.append(image)
-        else:
-            images[len(kept)] = image
-            kept.append(text)
-    warn("files left out", errors)
+    for k, image in in_threads(load_image, paths, itertools.repeat(size)):
+        images[len(kept)] = image
+        kept.append(texts[k])
     if not kept:
         raise InputError(f"{paths[0]}: no crop there can be read; check the files")
     return torch.from_numpy(images)[: len(kept)], kept
@@ -463,33 +470,23 @@ def audit(folder, alphabet=ALPHABET):
     """Print what a data set holds and what is wrong with it.
 
     Returns whether every name holds a label and every image can be read."""
-    paths = list_images(folder)
-    splits = defaultdict(list)
-    wrong = defaultdict(list)
-    sizes = []
-    for path, size in zip(paths, in_threads(lambda path: open_image(path).size, paths)):
-        text, remark = parse_label(path, alphabet)
-        if text:
+    with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
+        labelled = label_images(folder, alphabet)
+        splits = defaultdict(list)
+        for path, text in labelled:
             # DIR/train/part1/x.jpg belongs to train
-            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
-        if remark:
-            wrong[remark].append(path)
-        if isinstance(size, InputError):
-            wrong["files that cannot be read"].append(size)
-        else:
-            sizes.append(size)
+            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text or "")
+        warn("plates in train and test", sorted({*splits["train"]} & {*splits["test"]} - {""}))
+        paths = [path for path, _ in labelled]
+        sizes = [size for _, size in in_threads(lambda path: open_image(path).size, paths)]
     texts = sum(splits.values(), [])
-    is_good = texts and set(wrong) <= {REPAIRED}
     counts = Counter("".join(texts))
     print("images", {split: len(some) for split, some in splits.items()})
-    wrong["plates in train and test"] = sorted({*splits["train"]} & {*splits["test"]})
-    print("lengths", dict(Counter(map(len, texts))))
+    print("lengths", dict(Counter(map(len, texts))))  # 0: no label
     print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
     quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
     print("least, median and largest width and height", *quantiles)
-    for remark, offenders in wrong.items():
-        print(f"{len(offenders):,} {remark}", *map(printable, offenders[:5]), sep="\n    ")
-    return is_good
+    return all(texts) and len(sizes) == len(texts) > 0
 
 
 # ---------------------------------------------------------------------------------------
@@ -528,10 +525,8 @@ def crop(frames, out, rectify=False):
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = list_images(frames)
     folders = [Path(out, path.relative_to(frames).parent) for path in paths]
-    answers = in_threads(cut_frame, paths, folders, itertools.repeat(rectify))
-    errors = [error for error in answers if error]
-    warn("photographs skipped", errors)
-    print(f"{out}: {len(paths) - len(errors):,} plates cut, {len(errors):,} skipped")
+    cut = list(in_threads(cut_frame, paths, folders, itertools.repeat(rectify)))
+    print(f"{out}: {len(cut):,} plates cut, {len(paths) - len(cut):,} skipped")
 
 
 def main(argv=None):

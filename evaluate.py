@@ -53,15 +53,15 @@ def levenshtein(a, b):
 
 
 def metrics(trues, preds):
-    """The three scores of a list of reads, as a dict.
+    """The three scores of a list of reads, which must not be empty, as a dict.
 
     accuracy: the share of strings read without any error, in [0, 1]. cer: the character error
     rate, all edits over all true characters, in [0, inf). levenshtein: the edits per string."""
     edits = sum(map(levenshtein, preds, trues))
     return {
-        "accuracy": sum(map(str.__eq__, trues, preds)) / max(1, len(trues)),
-        "cer": edits / max(1, sum(map(len, trues))),
-        "levenshtein": edits / max(1, len(trues)),
+        "accuracy": sum(map(str.__eq__, trues, preds)) / len(trues),
+        "cer": edits / sum(map(len, trues)),
+        "levenshtein": edits / len(trues),
     }
 
 
@@ -86,34 +86,27 @@ def count_right(pairs):
     return {key: (right[key], total[key]) for key in sorted(total)}
 
 
-def confidence_bin(confidence):
-    """Which tenth of [0, 1] a confidence lies in: 0 to 9."""
-    return min(9, int(10 * confidence))
-
-
 def calibration_error(confidences, rights):
     """How far confidences are from the share of reads that are right, in [0, 1].
 
-    The expected calibration error (Naeini et al., 2015): over ten bins of confidence, the mean
-    of this distance, each bin weighted by its reads."""
+    The expected calibration error (Naeini et al., 2015): over bins of confidence, one around each
+    tenth, the mean of this distance, each bin weighted by its reads."""
     excess = Counter()
     for confidence, is_right in zip(confidences, rights):
         # summed over a bin this is its confidences less its right reads
-        excess[confidence_bin(confidence)] += confidence - is_right
-    return sum(map(abs, excess.values())) / max(1, len(rights))
+        excess[round(confidence, 1)] += confidence - is_right
+    return sum(map(abs, excess.values())) / len(rights)
 
 
-def matches(trues, preds):
-    """(place, (true character, character read)), over reads of the right length: with another
-    length one cannot say which character stands for which."""
-    for true, pred in zip(trues, preds):
-        if len(true) == len(pred):
-            yield from enumerate(zip(true, pred), 1)
-
-
-def confusions(trues, preds):
-    """Counter of (true, read) characters, over wrong reads of the right length."""
-    return Counter((a, b) for _, (a, b) in matches(trues, preds) if a != b)
+def compare(trues, preds):
+    """[(place from 1 on, true character, character read), ...], over reads of the right length:
+    with another length one cannot say which character stands for which."""
+    return [
+        (k, a, b)
+        for true, pred in zip(trues, preds)
+        if len(true) == len(pred)
+        for k, (a, b) in enumerate(zip(true, pred), 1)
+    ]
 
 
 # ---------------------------------------------------------------------------------------
@@ -180,6 +173,8 @@ def evaluate(
         raise data.InputError(f"{title}: none can be read; check the files")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
+    places = compare(trues, preds)
+    confusions = Counter((a, b) for _, a, b in places if a != b)
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
     decoding = "greedy"
     if predict.plate_patterns(network, grammar):
@@ -191,11 +186,11 @@ def evaluate(
         "speed": speed,
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
-        "by_confidence": count_right(zip(map(confidence_bin, confidences), rights)),
-        "by_position": count_right((k, a == b) for k, (a, b) in matches(trues, preds)),
+        "by_confidence": count_right((round(c, 1), right) for c, right in zip(confidences, rights)),
+        "by_position": count_right((k, a == b) for k, a, b in places),
         "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
         "by_training": count_right(zip(seen, rights)),
-        "confusions": confusions(trues, preds).most_common(20),
+        "confusions": confusions.most_common(20),
         "history": content["history"],
         "reads": results,
     }
@@ -280,8 +275,8 @@ def write_report(folder, scores):
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "predictions.csv", scores["reads"])
     page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
-    points = [(k + 0.5, right / n) for k, (right, n) in scores["by_confidence"].items()]
-    page += chart("Share of right reads by tenths of confidence", points)
+    points = [(key, right / n) for key, (right, n) in scores["by_confidence"].items()]
+    page += chart("Share of right reads by confidence", points)
     for key in ("loss", "accuracy", "cer"):
         points = [(row["images"], row[key]) for row in scores["history"] if key in row]
         if points:

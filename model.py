@@ -14,7 +14,6 @@ Copy this file into any project; it imports no other of ours.
 
 import functools
 import itertools
-import os
 import timeit
 from collections import defaultdict
 
@@ -337,10 +336,8 @@ def load_checkpoint(path, device="cpu"):
 
     Files of strangers cannot run code. Raises CheckpointError with one sentence."""
     broken = CheckpointError(
-        f"{path}: not a checkpoint for this model.py; is it an image, or cut off?"
+        f"{path}: not a checkpoint for this model.py; is it absent, an image, or cut off?"
     )
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such file; train it first: python train.py")
     content = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
     try:
         content.update(torch.load(path, map_location="cpu", weights_only=True))
@@ -349,13 +346,11 @@ def load_checkpoint(path, device="cpu"):
             raise broken
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
-    with torch.device("meta"):  # shapes without memory
-        network = build_network(**content["config"])
+    network = build_network(**content["config"])
     try:
-        network.load_state_dict(weights, assign=True)
+        network.load_state_dict(weights)
     except RuntimeError:
         raise broken from None
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise broken
-    network = network.to(device, torch.float32, memory_format=torch.channels_last)
-    return network.eval(), content
+    return network.to(device, memory_format=torch.channels_last).eval(), content

@@ -65,11 +65,9 @@ def load(path=READER, device=None):
 def plate_patterns(network, grammar=None):
     """The plate patterns that reads must match: Chinese plates' if `grammar`, else none.
 
-    grammar None: yes for networks that read Chinese plates; no for the baseline's, which decoded
-    greedily."""
+    grammar None: yes for networks that read Chinese plates. The baseline's reads were greedy."""
     if grammar is None:
-        config = network.config
-        grammar = config["alphabet"] == data.ALPHABET and config["model"] != "notebook"
+        grammar = network.config["alphabet"] == data.ALPHABET
     return data.PATTERNS if grammar else ()
 
 
@@ -259,8 +257,8 @@ def export(network, out):
     data.check_output(out, ".pt2")
     facts = json.dumps(network.config | {"blank": model.BLANK})
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    any_number = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(network, (example,), dynamic_shapes=any_number)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"facts.json": facts})
     data.write_file(out, file.getvalue())

@@ -52,7 +52,7 @@ MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "la
 GOLDEN = (126.114, 77.629, 13.096, 11.121, 128.441, 75.051, 9.863, 8.876)
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
-no such file: predict absent.pth crop.jpg; predict a.jfif
+not a checkpoint: predict absent.pth crop.jpg | no readable path: predict a.jfif
 name a new file: predict crop.jpg --export x.xyz; predict crop.png --explain crop.png
 name a new file: evaluate --csv half.pth; evaluate --json no/x.json; plates show crop.jpg
 name a new file: train --out crop.jpg; train --out empty; train --out no/x.pth
@@ -292,7 +292,8 @@ class TestParts:
         pair = (["皖A27N53", "皖A12345", "ab"], ["皖A7N53", "皖B12346", "ab"])
         scores = {"accuracy": 1 / 3, "cer": 3 / 16, "levenshtein": 1}
         assert evaluate.metrics(*pair) == near(scores)
-        assert evaluate.confusions(*pair) == {("A", "B"): 1, ("5", "6"): 1}
+        wrong = [place for place in evaluate.compare(*pair) if place[1] != place[2]]
+        assert wrong == [(2, "A", "B"), (7, "5", "6")]
         assert evaluate.wilson(0.9, 100) == near((0.8256, 0.9448), abs=1e-4)
         assert min(evaluate.wilson(0, n)[0] for n in range(1, 300)) == 0
         assert evaluate.count_right([("b", 1), ("a", 0), ("b", 0)]) == {"a": (0, 1), "b": (1, 2)}
@@ -326,7 +327,7 @@ class TestCommands:
         said = "2 files whose names hold no label; IMG-0042; 1 whole CCPD; 1 labels held O; 1 files"
         run("plates show x.png set", f"{said}; 2 files left out; 6 labelled")
         said += f"; 1 plates in train and test\n    {path.stem[8:]}; [256.  80.]; 1160.]"
-        said += "; {'test': 1, 'train': 8}; '闽': 0; 4 files that cannot be read"
+        said += "; {'test': 1, 'train': 11}; '闽': 0; 4 files left out"
         run("data audit set", said, fails=True)
 
     def test_crop_cuts_plates_out_and_skips_what_it_cannot_cut(self, run):

@@ -80,7 +80,12 @@ MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
 def parse_arguments(argv):
     parser, add = data.make_parser(__doc__)
     share = data.between(float, 0, 1)
-    add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
+    # its whole path: evaluation may run in another folder
+    add(
+        "--data",
+        type=os.path.realpath,
+        help="labelled crops, or a folder with train inside (default: drawn plates)",
+    )
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=RECIPES, default="small", help="network and recipe")
     add("--rnn", choices=model.RECURRENT, default="lstm", help="recurrent layer")
@@ -106,13 +111,12 @@ def parse_arguments(argv):
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
     parser.set_defaults(**RECIPES[config["model"]] | config)
     args = parser.parse_args(argv)
-    changed = [name for name in config if vars(args)[name] != config[name]]
-    if changed:
-        raise data.InputError(f"{args.init}: has another --{changed[0]}; drop yours")
-    if not model.is_config(**{name: vars(args)[name] for name in CONFIG}):
+    args.config = {name: vars(args)[name] for name in CONFIG}
+    if args.init and args.config != config:
+        raise data.InputError(f"{args.init}: has another {' or --'.join(CONFIG)}; drop yours")
+    if not model.is_config(**args.config):
         sizes = f"multiples of {model.NETWORKS[args.model].multiples}, 64 wide to 512 2048"
         raise data.InputError(f"--size {args.size}: give {sizes}, and no / in --alphabet")
-    args.data = args.data and os.path.realpath(args.data)  # evaluation may run in another folder
     return args
 
 
@@ -193,7 +197,7 @@ def train(args):
         network, content = model.load_checkpoint(args.init)
         learnt.update(content["learnt"].tolist())
     else:
-        network = model.build_network(**{name: vars(args)[name] for name in CONFIG})
+        network = model.build_network(**args.config)
     network = network.to(device, memory_format=torch.channels_last)
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
@@ -209,9 +213,8 @@ def train(args):
     all_texts = [text for _, text in labelled]
     learnt.update(map(data.hash_label, all_texts))
     fingerprint = torch.tensor(sorted(learnt))
-    crop_share = 1 - synthetic_share(len(labelled), args)
-    num_crops = max(round(crop_share * args.batch_size), min(1, len(labelled)))  # in a batch
-    num_drawn = args.batch_size - num_crops
+    num_drawn = int(synthetic_share(len(labelled), args) * args.batch_size)  # in a batch
+    num_crops = args.batch_size - num_drawn
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
     steps = args.steps = math.ceil(batches / world_size)  # in an epoch
     print(
@@ -222,8 +225,7 @@ def train(args):
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
     prior = torch.zeros(args.batch_size, len(args.alphabet) + 1, device=device)
-    if args.prior:
-        prior[:num_crops] = province_prior(all_texts, args.alphabet)
+    prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
     if labelled:
         crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
     validation = []
@@ -254,7 +256,7 @@ def train(args):
 
     # 5) resume
     epoch = done = 0  # whole epochs, steps
-    best = [math.inf, math.inf]
+    best = [math.inf]
     best_weights = {}
     history = []
     if args.resume and os.path.exists(args.out):
@@ -345,7 +347,7 @@ def train(args):
             "minutes": (time.perf_counter() - start) / 60,
             "loss": torch.stack(losses).nanmean().item(),
         }
-        score = [-epoch, 0.0]  # without a validation set the last weights are the best
+        score = [-epoch]  # without a validation set the last weights are the best
         if validation:
             row |= validate(ema.module.eval(), validation, precision)
             score = [row["levenshtein"], row["val_loss"]]

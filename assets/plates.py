@@ -253,7 +253,7 @@ def show(out, folder=None, augmented=False):
     crops = data.find_crops(data.split_folder(folder, "train")) if folder else []
     data.check_output(out, ".png", [path for path, _ in crops])
     if crops:
-        images, texts = data.load_crops(crops[:: max(1, len(crops) // 24)][:24], size)
+        images, texts = data.load_crops(random.sample(crops, min(24, len(crops))), size)
     else:
         images, texts = fixed_plates(24, "show", size)
     if augmented:
