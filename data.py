@@ -472,20 +472,20 @@ def audit(folder, alphabet=ALPHABET):
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
         labelled = label_images(folder, alphabet)
+        paths = [path for path, _ in labelled]
+        sizes = [size for _, size in in_threads(lambda path: open_image(path).size, paths)]
         splits = defaultdict(list)
         for path, text in labelled:
             # DIR/train/part1/x.jpg belongs to train
             splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text or "")
+        texts = sum(splits.values(), [])
+        counts = Counter("".join(texts))
+        print("images", {split: len(some) for split, some in splits.items()})
+        print("lengths", dict(Counter(map(len, texts))))  # 0: no label
+        print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
+        quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
+        print("least, median and largest width and height", *quantiles)
         warn("plates in train and test", sorted({*splits["train"]} & {*splits["test"]} - {""}))
-        paths = [path for path, _ in labelled]
-        sizes = [size for _, size in in_threads(lambda path: open_image(path).size, paths)]
-    texts = sum(splits.values(), [])
-    counts = Counter("".join(texts))
-    print("images", {split: len(some) for split, some in splits.items()})
-    print("lengths", dict(Counter(map(len, texts))))  # 0: no label
-    print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
-    quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
-    print("least, median and largest width and height", *quantiles)
     return all(texts) and len(sizes) == len(texts) > 0
 
 

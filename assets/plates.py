@@ -51,6 +51,7 @@ class PlateType(NamedTuple):
     patterns: tuple = data.SEVEN
     width: float = CHARACTER_WIDTH
     lefts: tuple = (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5)  # the characters' left edges
+    dot: float = 129.5  # its left edge
     faces: range = range(0, 4)  # rows of glyphs.png: one typeface in four widths of the pen
 
 
@@ -58,6 +59,7 @@ GREEN = {
     "fade": 1.0,
     "width": 40,
     "lefts": (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
+    "dot": 120.75,
     "faces": range(4, 8),  # green plates have a typeface of their own
 }
 PLATE_TYPES = (
@@ -157,8 +159,7 @@ def draw_characters(plate, kind, texts, ink, glyphs, mm):
         stamp(plate, mask, x + random.uniform(-1.5, 1.5), random.uniform(23.5, 26.5), ink, mm)
     side = max(2, round(10 * mm))
     dot = per_image(len(texts)).expand(-1, 1, side, side)
-    gap = (kind.lefts[1] + kind.width + kind.lefts[2]) / 2
-    stamp(plate, dot, gap - 5, 65, ink, mm)
+    stamp(plate, dot, kind.dot, 65, ink, mm)
 
 
 def draw_screws(plate, mm):
