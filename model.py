@@ -14,6 +14,7 @@ Copy this file into any project; it imports no other of ours.
 
 import functools
 import itertools
+import math
 import timeit
 from collections import defaultdict
 
@@ -183,8 +184,8 @@ def ctc_loss(logits, texts, alphabet, reduction="mean"):
 
 
 def probabilities(logits, texts, alphabet):
-    """The exact probability of each string given its image, in [0, 1]: a list of B floats."""
-    return (-ctc_loss(logits, texts, alphabet, "none")).exp().tolist() if texts else []
+    """The exact probability of each of B strings given its image, in [0, 1]: float32 (B,)."""
+    return (-ctc_loss(logits, texts, alphabet, "none")).exp()
 
 
 # ---------------------------------------------------------------------------------------
@@ -255,12 +256,13 @@ def candidates(views, texts, alphabet):
 
     views: logits (T, V, C) of the image, seen in V ways. A probability is the mean over the views
     of the exact one."""
-    count = views.shape[1]
+    if not texts:
+        return []
     # every view with every string: (T, V * number of texts, C)
     repeated = views.repeat_interleave(len(texts), 1)
-    shares = probabilities(repeated, texts * count, alphabet)
-    means = [sum(shares[k :: len(texts)]) / count for k in range(len(texts))]
-    return sorted(zip(texts, means), key=lambda pair: -pair[1])
+    shares = probabilities(repeated, texts * views.shape[1], alphabet)
+    means = shares.view(-1, len(texts)).mean(0)  # over the views
+    return sorted(zip(texts, means.tolist()), key=lambda pair: -pair[1])
 
 
 # ---------------------------------------------------------------------------------------
@@ -295,11 +297,8 @@ def autocast(device, precision):
 
 
 def images_at_once(network):
-    """How many images a network reads best at a time on its device."""
-    height, width = network.config["size"]
-    is_cpu = network.fc.weight.device.type == "cpu"
-    # pixels so few that all activations stay in a CPU's cache
-    return max(1, 350_000 // (height * width)) if is_cpu else 256
+    """How many images to read at a time: so few that all activations stay in a CPU's cache."""
+    return max(1, 350_000 // math.prod(network.config["size"]))
 
 
 @torch.inference_mode()

@@ -90,7 +90,8 @@ def read_images(images, logits, network, precision, patterns, top, adapt):
     plates in three views. With top > 1 every image goes through the beam search."""
     alphabet = network.config["alphabet"]
     texts = model.greedy_decode(logits, alphabet)
-    answers = [[pair] for pair in zip(texts, model.probabilities(logits, texts, alphabet))]
+    shares = model.probabilities(logits, texts, alphabet)
+    answers = [[pair] for pair in zip(texts, shares.tolist())]
     sure = SURE_ADAPTED if adapt else SURE
     unsure = [
         k
@@ -125,21 +126,21 @@ def read_batch(sources, network, precision, *options):
     ]
 
 
-def read_all(sources, size, network, *options):
-    """Yield the reads of read_batch, in order, a batch of `size` sources for each worker.
+def read_all(sources, network, *options):
+    """Yield the reads of read_batch, in order.
 
-    There is a worker for each core, or one where a GPU computes. Each computes with one core, so
-    that none waits for another's share of a batch."""
+    There is a worker for each core. Each reads batches of its own, with one core, so that none
+    waits for another's share of a batch."""
     # a camera may fill its array again
     sources = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
+    size = model.images_at_once(network)
     threads = torch.get_num_threads()
-    count = threads if network.fc.weight.device.type == "cpu" else 1
     waiting = deque()
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for batch in iter(lambda: list(itertools.islice(sources, size)), []):
                 waiting.append(pool.submit(read_batch, batch, network, *options))
-                if len(waiting) > count:
+                if len(waiting) > threads:
                     yield from waiting.popleft().result()
             for last in waiting:
                 yield from last.result()
@@ -183,7 +184,7 @@ def adapt_to_place(reads):
     return adapted
 
 
-def read(network, sources, precision=None, grammar=None, top=1, adapt=False, batch_size=None):
+def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     """An iterator over a Read for each of `sources`, in order.
 
     sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
@@ -193,8 +194,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
 
     precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
     plate_patterns. top: how many alternatives to give. adapt: see adapt_to_place; a read then
-    depends on all the others, and the first comes after the last image. batch_size: images read
-    together (default: what the device does best)."""
+    depends on all the others, and the first comes after the last image."""
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
@@ -204,7 +204,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False, bat
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
-        reads = read_all(sources, batch_size or model.images_at_once(network), *options)
+        reads = read_all(sources, *options)
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 
