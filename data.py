@@ -278,9 +278,8 @@ def open_image(source):
         else:
             raise FileNotFoundError("no such file")
         image = ImageOps.exif_transpose(image)  # decodes it
-        if image.mode[0] in "IF":  # 16 or 32 bits a pixel: convert() would clip, so we scale
-            pixels = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
-            image = Image.fromarray(np.uint8(255 * pixels / max(1e-9, pixels.max())))
+        if image.mode[0] in "IF":  # convert() would clip it to white, and nobody knows its scale
+            raise ValueError("16 or 32 bits a pixel; save it with 8")
         return image.convert("RGB")
     except PILLOW_ERRORS as error:
         is_path = isinstance(source, (str, os.PathLike))

@@ -302,7 +302,7 @@ def main(argv=None):
     add("--split", default="test", help="which folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
-    add("--report", metavar="DIR", help="write report.html and its pictures there")
+    add("--report", help="a folder: write report.html and its pictures there")
     predict.reading_options(add)
     with data.one_sentence():
         args = vars(parser.parse_args(argv))

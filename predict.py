@@ -292,10 +292,10 @@ def main(argv=None):
     parser, add = data.make_parser(__doc__)
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
     add("--top", type=data.between(int, 1, 12), default=1, help="print the K likeliest plates")
-    add("--label", metavar="OUT", help="copy the crops to OUT, named by what was read")
-    add("--above", type=float, default=0.9, help="those less sure go to OUT/unsure (%(default)s)")
-    add("--explain", metavar="OUT.png", help="draw how the first image was read")
-    add("--export", metavar="OUT.pt2", help="write the network for torch.export.load")
+    add("--label", help="a new folder: copy the crops there, named by what was read")
+    add("--above", type=float, default=0.9, help="those less sure go to its unsure (%(default)s)")
+    add("--explain", help="a .png: draw how the first image was read")
+    add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     with data.one_sentence():
         args = parser.parse_intermixed_args(argv)  # options may stand between the paths

@@ -89,12 +89,12 @@ def parse_arguments(argv):
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
     add("--model", choices=RECIPES, default="small", help="network and recipe")
     add("--rnn", choices=model.RECURRENT, default="lstm", help="recurrent layer")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the images")
+    add("--size", type=int, nargs=2, help="height and width of the images")
     add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops)")
     add("--val", type=share, default=0.05, help="share of the labels that is held out")
     add("--seed", type=int, default=0, help="of all random numbers")
-    add("--init", metavar="CKPT", help="start from these weights")
+    add("--init", help="a checkpoint: start from its weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     data.machine_options(add)
     # the numbers and switches of the recipe are options too
@@ -169,7 +169,7 @@ def validate(network, validation, precision):
     texts = sum(texts, [])
     logits = model.predict_logits(network, torch.cat(images), precision)
     scores = evaluate.metrics(texts, model.greedy_decode(logits, alphabet))
-    return {**scores, "val_loss": model.ctc_loss(logits, texts, alphabet).item()}
+    return scores | {"val_loss": model.ctc_loss(logits, texts, alphabet).item()}
 
 
 def train(args):
