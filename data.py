@@ -106,9 +106,8 @@ def warn(why, paths):
 def one_sentence():
     """Every script runs in this. What the user can mend becomes one sentence on stderr; a fault
     of the program shows its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # Jupyter's has no such method, and no need of it
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need of it
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
     except BrokenPipeError:  # `| head` has seen enough
@@ -197,7 +196,8 @@ def list_images(folder):
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
     known = Image.registered_extensions()
-    paths = sorted(path for path in Path(folder).rglob("[!.]*") if not path.is_dir())
+    files = ((root, name) for root, _, names in os.walk(folder) for name in names)
+    paths = sorted(Path(root, name) for root, name in files if name[0] != ".")
     images = [path for path in paths if path.suffix.lower() in known]
     warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
     return images
@@ -397,8 +397,8 @@ def relight(images, strength):
     """Light and colour: the camera's own colours, exposure, uneven light with glare, and haze."""
     count = len(images)
     # all cameras see colour in their own way, and a few see little of it
-    grey = torch.full((3, 3), 1 / 3)
-    mix = torch.eye(3).lerp(grey, strength * rand(count, 1, 1) ** 2)
+    eye = torch.eye(3)  # its mean is 1 / 3: all channels alike
+    mix = eye.lerp(eye.mean(), strength * rand(count, 1, 1) ** 2)
     mix = mix + 0.15 * strength * randn(count, 3, 3)
     exposure = strength * (0.45 * randn(count, 1, 1) + 0.25 * randn(count, 1, 3))
     images = ((mix * exposure.exp()) @ images.flatten(2)).view_as(images)

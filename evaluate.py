@@ -156,7 +156,7 @@ def evaluate(
     precision = precision or model.pick_precision(device)
     network, content = model.load_checkpoint(checkpoint, device)
     model.fold_norms(network)
-    learnt = set(content["learnt"].tolist())
+    learnt = set(content["args"]["labels"])
     sources, texts, title = choose_images(root, split, content, learnt)
     start = time.perf_counter()
     # the very function that predict.py reads with: what is scored is what users get
@@ -174,7 +174,6 @@ def evaluate(
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     places = compare(trues, preds)
-    confusions = Counter((a, b) for _, a, b in places if a != b)
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
     decoding = "greedy"
     if predict.plate_patterns(network, grammar):
@@ -190,7 +189,7 @@ def evaluate(
         "by_position": count_right((k, a == b) for k, a, b in places),
         "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
         "by_training": count_right(zip(seen, rights)),
-        "confusions": confusions.most_common(20),
+        "confusions": Counter((a, b) for _, a, b in places if a != b).most_common(20),
         "history": content["history"],
         "reads": results,
     }
@@ -243,10 +242,10 @@ def write_table(path, results):
 def error_picture(result):
     """The image, below it the truth, then the read, differences red: uint8 (3, 112, 256)."""
     rows = [data.load_image(result.source, (64, 256))]
-    for text, other in ((result.true, result.pred), (result.pred, result.true)):
-        # aligned, so that after a missing character the others still match
-        blocks = SequenceMatcher(None, text, other).get_matching_blocks()
-        same = {block.a + k for block in blocks for k in range(block.size)}
+    # aligned, so that after a missing character the others still match
+    blocks = SequenceMatcher(None, result.true, result.pred).get_matching_blocks()
+    for side, text in enumerate((result.true, result.pred)):
+        same = {block[side] + k for block in blocks for k in range(block.size)}
         rows.append(plates.text_picture(text, (24, 256), {*range(len(text))} - same))
     return torch.cat(rows, 1)
 
@@ -272,7 +271,7 @@ def chart(title, points):
 def write_report(folder, scores):
     """Write folder/report.html, predictions.csv and errors.png."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     write_table(folder / "predictions.csv", scores["reads"])
     page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
     points = [(key, right / n) for key, (right, n) in scores["by_confidence"].items()]

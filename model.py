@@ -22,29 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import Conv2dNormActivation as ConvNorm  # convolution, batch-norm, relu
 
 BLANK = 0  # CTC's class for "no new character"; character k of the alphabet is class k + 1
 
 # ---------------------------------------------------------------------------------------
 # The networks
-
-
-class ConvNorm(nn.Module):
-    """Convolution, batch-norm, max-pool if asked, relu.
-
-    Relu after the pool gives the same numbers as before it, on a quarter of the pixels."""
-
-    def __init__(self, c_in, c_out, kernel=3, stride=1, padding=1, pool=False):
-        super().__init__()
-        # no bias: batch-norm takes every constant away again
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.norm = nn.BatchNorm2d(c_out)
-        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
-
-    def forward(self, x):
-        x = self.norm(self.conv(x))  # (B, c_out, H', W'), smaller by the stride
-        x = self.pool(x)  # (B, c_out, H' / 2, W' / 2) if it pools
-        return F.relu(x, inplace=True)  # in place: training keeps one copy less in memory
 
 
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -77,7 +60,7 @@ class CRNN(nn.Module):
             self.cnn.append(ConvNorm(c_in, c_out, stride=stride))
             c_in = c_out
         # the rows that are left become one
-        self.cnn.append(ConvNorm(c_in, 256, kernel=(size[0] // 16, 1), padding=0))
+        self.cnn.append(ConvNorm(c_in, 256, kernel_size=(size[0] // 16, 1), padding=0))
         self.rnn = RECURRENT[rnn](256, 96, bidirectional=bidirectional)
         self.fc = nn.Linear(96 * (1 + bidirectional), len(alphabet) + 1)
         self.skip = nn.Linear(256, len(alphabet) + 1)
@@ -87,9 +70,8 @@ class CRNN(nn.Module):
         x = images.float() / 255  # (B, 3, H, W)
         # mean 0 and deviation 1 in each channel of each image, so that night, haze and the
         # camera's white balance look alike; an even picture stays even
-        x = x - x.mean((2, 3), keepdim=True)
-        x = x / (x.square().mean((2, 3), keepdim=True).sqrt() + 0.03)
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
+        deviation, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (deviation + 0.03)
         x = self.cnn(x)  # (B, 256, 1, T)
         x = x.squeeze(2).permute(2, 0, 1)  # (T, B, 256)
         # drawn and real characters share no feature exactly, so none may decide alone
@@ -121,7 +103,8 @@ class NotebookCRNN(nn.Module):
         self.cnn = nn.Sequential()
         channels = (3, 32, 64, 128, 256, 512)
         for c_in, c_out in zip(channels, channels[1:]):
-            self.cnn.extend([ConvNorm(c_in, c_out), ConvNorm(c_out, c_out, pool=True)])
+            self.cnn.append(ConvNorm(c_in, c_out))
+            self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2)))
         self.proj = nn.Linear(size[1] // 32, self.steps)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
         self.fc = nn.Linear(256 * (1 + bidirectional), len(alphabet) + 1)
@@ -129,7 +112,6 @@ class NotebookCRNN(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, H, W) to logits (T, B, C), with T = 20."""
         x = images.float() / 255  # (B, 3, H, W), in [0, 1]
-        x = x.contiguous(memory_format=torch.channels_last)  # the layout of fast convolutions
         x = self.cnn(x)  # (B, 512, H / 32, W / 32)
         x = x.mean(2)  # (B, 512, W / 32)
         x = self.proj(x)  # (B, 512, T)
@@ -144,18 +126,16 @@ def build_network(model, **config):
     """The network that a config describes: model is a key of NETWORKS, the rest what its class
     takes. It keeps the config, which is of plain types, as network.config."""
     network = NETWORKS[model](**config)
+    network.to(memory_format=torch.channels_last)  # the layout of fast convolutions
     network.config = {"model": model, **config}
     return network
 
 
 def fold_norms(network):
-    """Merge each batch-norm into its convolution, in place: the same function, less work.
-
-    For prediction only. Returns the network in eval mode."""
-    network.eval()
+    """Merge each batch-norm into its convolution: the same function of `network`, which must be in
+    eval mode, with less work. In place; returns it."""
     for layer in network.cnn:
-        layer.conv = fuse_conv_bn_eval(layer.conv, layer.norm)
-        layer.norm = nn.Identity()
+        layer[0] = fuse_conv_bn_eval(layer[0], layer.pop(1))
     return network
 
 
@@ -165,7 +145,7 @@ def fold_norms(network):
 
 def steps_needed(text):
     """The time steps CTC needs for `text`: one a character, and a blank between equal ones."""
-    return len(text) + sum(a == b for a, b in zip(text, text[1:]))
+    return len(text) + sum(map(str.__eq__, text, text[1:]))
 
 
 def ctc_loss(logits, texts, alphabet, reduction="mean"):
@@ -210,23 +190,21 @@ def is_plate(text, patterns):
     )
 
 
-def beam_search(log_probs, alphabet, patterns=(), beam_width=12, classes=6):
+def beam_search(log_probs, alphabet, patterns=(), beam_width=12):
     """The likeliest strings of one image, best first, by CTC prefix beam search.
 
     log_probs: (T, C), float. A beam is a prefix with two probabilities: of all paths that spell
     it and end in a blank, and of those that end in its last character. We need both: after a
     blank an equal character is a new one, after itself it is the same one (Graves, 2006; Hannun,
     2017, distill.pub/2017/ctc). With `patterns`, prefixes which no plate begins with are dropped.
-    Each step tries its likeliest `classes`, if they are likely at all."""
+    Each step tries the classes that are likely at all."""
     beams = {"": (1.0, 0.0)}
     fitting = {"": patterns}  # the patterns of the plates that each prefix begins
-    likeliest = log_probs.topk(min(classes, log_probs.shape[1]), 1).indices
     # as shares of the step's best: products of many small numbers would come to 0
     shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
-    for step_shares, top_classes in zip(shares.tolist(), likeliest.tolist()):
+    for step_shares in shares.tolist():
         following = defaultdict(lambda: [0.0, 0.0])
-        for c in {BLANK, *top_classes}:
-            share = step_shares[c]
+        for c, share in enumerate(step_shares):
             # the blank always: if no character fits the patterns here, it carries the prefix on
             if share < 1e-3 and c != BLANK:
                 continue
@@ -256,8 +234,6 @@ def candidates(views, texts, alphabet):
 
     views: logits (T, V, C) of the image, seen in V ways. A probability is the mean over the views
     of the exact one."""
-    if not texts:
-        return []
     # every view with every string: (T, V * number of texts, C)
     repeated = views.repeat_interleave(len(texts), 1)
     shares = probabilities(repeated, texts * views.shape[1], alphabet)
@@ -286,12 +262,13 @@ def pick_precision(device):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     # many CPUs imitate bf16 at a fifth of their float32 speed
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in matrices)
+    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in matrices)
     return "bf16" if bf16 < fp32 / 1.3 else "fp32"
 
 
-def autocast(device, precision):
-    """The context in which a network runs in `precision`."""
+def autocast(device, precision=None):
+    """The context in which a network runs in `precision`, or in the device's fastest."""
+    precision = precision or pick_precision(device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -316,10 +293,6 @@ def predict_logits(network, images, precision="fp32"):
 # plain types.
 
 
-class CheckpointError(OSError):
-    """A file that is no checkpoint of train.py, or not for this model.py."""
-
-
 def is_config(model, alphabet, size, rnn, bidirectional):
     """Whether build_network can build what a user or a file asks for."""
     rows, columns = NETWORKS[model].multiples
@@ -331,17 +304,16 @@ def is_config(model, alphabet, size, rnn, bidirectional):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of train.py: (network in eval mode, all that the file holds or should hold).
+    """A checkpoint of train.py: (network in eval mode, all that the file holds).
 
-    Files of strangers cannot run code. Raises CheckpointError with one sentence."""
-    broken = CheckpointError(
+    Files of strangers cannot run code. Raises OSError with one sentence."""
+    broken = OSError(
         f"{path}: not a checkpoint for this model.py; is it absent, an image, or cut off?"
     )
-    content = {"args": {"data": None}, "history": [], "learnt": torch.zeros(0)}
     try:
-        content.update(torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
         weights = dict(content["model"])
-        if not is_config(**content["config"]):
+        if not is_config(**content["config"]) or "labels" not in content["args"]:
             raise broken
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
@@ -352,4 +324,4 @@ def load_checkpoint(path, device="cpu"):
         raise broken from None
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise broken
-    return network.to(device, memory_format=torch.channels_last).eval(), content
+    return network.to(device).eval(), content

@@ -58,7 +58,7 @@ class Read(NamedTuple):
 
 
 def load(path=READER, device=None):
-    """A checkpoint of train.py as a network ready to read. Raises model.CheckpointError."""
+    """A checkpoint of train.py as a network ready to read. Raises OSError with one sentence."""
     return model.fold_norms(model.load_checkpoint(path, model.pick_device(device))[0])
 
 
@@ -83,12 +83,17 @@ def more_views(images):
     return torch.stack(tilted, 1).flatten(0, 1)
 
 
-def read_images(images, logits, network, precision, patterns, top, adapt):
-    """A Read with all its candidates for each image of uint8 (B, 3, H, W); logits: (T, B, C).
+def read_batch(sources, network, precision, patterns, top, adapt):
+    """A Read with all its candidates for each of a list of sources.
 
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
     plates in three views. With top > 1 every image goes through the beam search."""
+    size = network.config["size"]
     alphabet = network.config["alphabet"]
+    loaded = [data.attempt(data.load_image, source, size) for source in sources]
+    blank = torch.zeros(3, *size, dtype=torch.uint8)  # in place of an image that cannot be read
+    images = torch.stack([image if torch.is_tensor(image) else blank for image in loaded])
+    logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     shares = model.probabilities(logits, texts, alphabet)
     answers = [[pair] for pair in zip(texts, shares.tolist())]
@@ -98,31 +103,20 @@ def read_images(images, logits, network, precision, patterns, top, adapt):
         for k, ((text, probability),) in enumerate(answers)
         if patterns and not (probability > sure and model.is_plate(text, patterns))
     ]
-    views = list(logits.split(1, 1))  # (T, 1, C) of each image
-    if unsure:
-        tilted = model.predict_logits(network, more_views(images[unsure]), precision)
-        for k, two in zip(unsure, tilted.split(2, 1)):
-            views[k] = torch.cat((views[k], two), 1)  # (T, 3, C)
     for k in range(len(images)) if top > 1 else unsure:
-        strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
+        views = logits[:, [k]]  # (T, 1, C)
+        strings = model.beam_search(views[:, 0].log_softmax(1), alphabet, patterns)
+        if k in unsure:
+            tilted = model.predict_logits(network, more_views(images[[k]]), precision)
+            views = torch.cat((views, tilted), 1)  # (T, 3, C)
         if adapt:  # the search drops most provinces of a blurred plate
             others = [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
             strings = list(dict.fromkeys(strings + others))
-        answers[k] = model.candidates(views[k], strings, alphabet)[:40] or answers[k]
-    return [Read(*pairs[0], pairs, "") for pairs in answers]
-
-
-def read_batch(sources, network, precision, *options):
-    """A Read with all its candidates for each of a list of sources; options: see read_images."""
-    size = network.config["size"]
-    loaded = [data.attempt(data.load_image, source, size) for source in sources]
-    blank = torch.zeros(3, *size, dtype=torch.uint8)  # in place of an image that cannot be read
-    images = torch.stack([image if torch.is_tensor(image) else blank for image in loaded])
-    logits = model.predict_logits(network, images, precision)
-    reads = read_images(images, logits, network, precision, *options)
+        if strings:
+            answers[k] = model.candidates(views, strings, alphabet)[:40]
     return [
-        read if torch.is_tensor(image) else Read("", 0.0, [], str(image))
-        for image, read in zip(loaded, reads)
+        Read(*pairs[0], pairs, "") if torch.is_tensor(image) else Read("", 0.0, [], str(image))
+        for image, pairs in zip(loaded, answers)
     ]
 
 
@@ -224,26 +218,26 @@ def find_images(arguments):
 
 def explain(network, paths, out, precision=None, grammar=None):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and the best strings."""
+    likely its likeliest class is, and which ("-" is blank), and the likeliest strings."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
+    alphabet = network.config["alphabet"]
     image = data.load_image(paths[0], network.config["size"])
-    precision = precision or model.pick_precision(network.fc.weight.device)
-    logits = model.predict_logits(network, image[None], precision)
+    logits = model.predict_logits(network, image[None], precision)  # (T, 1, C)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
-    width = 28 * len(classes)  # each time step stands below the columns it comes from
-    heights = (130 * shares).repeat_interleave(28)  # (width,), in pixels
-    greys = torch.where(classes == model.BLANK, 210, 70).repeat_interleave(28)
-    bars = greys.where(torch.arange(130, 0, -1).view(-1, 1) <= heights, 255)  # (130, width)
-    bars = bars.to(torch.uint8).expand(3, -1, -1)
-    names = f"-{network.config['alphabet']}"
+    greys = torch.where(classes == model.BLANK, 210, 70)
+    bars = greys.where(torch.arange(130, 0, -1).view(-1, 1) <= 130 * shares, 255)  # (130, T)
+    # each time step stands below the columns it comes from: (3, 130, width)
+    bars = bars.to(torch.uint8).repeat_interleave(28, 1).expand(3, -1, -1)
+    width = bars.shape[2]
+    names = f"-{alphabet}"
     line = "".join(names[k] for k in classes)
     height = width * image.shape[1] // image.shape[2]
     rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
     patterns = plate_patterns(network, grammar)
-    (result,) = read_images(image[None], logits, network, precision, patterns, 4, False)
-    for text, probability in result.alternatives[:4]:
+    strings = model.beam_search(logits[:, 0].log_softmax(1), alphabet, patterns)
+    for text, probability in model.candidates(logits, strings, alphabet)[:4]:
         rows.append(plates.text_picture(f"{text} {probability:.4f}", (32, width)))
     to_pil_image(torch.cat(rows, 1)).save(out)
 
@@ -293,7 +287,7 @@ def main(argv=None):
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
     add("--top", type=data.between(int, 1, 12), default=1, help="print the K likeliest plates")
     add("--label", help="a new folder: copy the crops there, named by what was read")
-    add("--above", type=float, default=0.9, help="those less sure go to its unsure (%(default)s)")
+    add("--above", type=float, default=0.9, help="those less sure go to LABEL/unsure (%(default)s)")
     add("--explain", help="a .png: draw how the first image was read")
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)

@@ -16,6 +16,7 @@ discounts how often each province occurs among the crops.
 """
 
 import argparse
+import copy
 import io
 import math
 import os
@@ -71,7 +72,7 @@ NOTEBOOK = {
 }
 RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
-MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
+MAY_CHANGE = {"resume", "out", "device", "precision", "lr", "config"}  # in a run that is resumed
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
 MOST_VIEWS = 80  # a run shows each crop about so often at most, or it overfits
 MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
@@ -113,7 +114,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     args.config = {name: vars(args)[name] for name in CONFIG}
     if args.init and args.config != config:
-        raise data.InputError(f"{args.init}: has another {' or --'.join(CONFIG)}; drop yours")
+        raise data.InputError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
     if not model.is_config(**args.config):
         sizes = f"multiples of {model.NETWORKS[args.model].multiples}, 64 wide to 512 2048"
         raise data.InputError(f"--size {args.size}: give {sizes}, and no / in --alphabet")
@@ -126,11 +127,8 @@ def learning_rate(step, steps, args):
     # 1) a linear warm-up
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
-    # 2) then it stays, in the baseline's recipe
-    if not args.decay:
-        return args.lr
-    # 3) or it falls along half a cosine to 0 (Loshchilov and Hutter, 2017)
-    progress = (step - warmup) / max(1, steps - warmup)
+    # 2) then it falls along half a cosine to 0 (Loshchilov and Hutter, 2017), or stays
+    progress = args.decay * (step - warmup) / (steps - warmup)
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -155,7 +153,7 @@ def province_prior(texts, alphabet):
     counts = Counter(text[0] for text in texts)
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
     numbers = [counts[char] + smallest if char in data.PROVINCES else 0.0 for char in alphabet]
-    share = torch.tensor([0.0, *numbers]) / max(1e-9, sum(numbers))  # the blank's first
+    share = torch.tensor([0.0, *numbers]) / sum(numbers)  # the blank's first
     # with the entropy added the mean over all crops is 0: other classes keep their odds
     return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
 
@@ -195,10 +193,10 @@ def train(args):
     learnt = set()
     if args.init:
         network, content = model.load_checkpoint(args.init)
-        learnt.update(content["learnt"].tolist())
+        learnt.update(content["args"]["labels"])
     else:
         network = model.build_network(**args.config)
-    network = network.to(device, memory_format=torch.channels_last)
+    network.to(device)
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
 
@@ -210,11 +208,15 @@ def train(args):
             if model.steps_needed(text) > network.steps:
                 raise data.InputError(f"{path}: too long for {network.steps} time steps; remove it")
             (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
+    share = synthetic_share(len(labelled), args)
+    # in a batch; at least one crop, unless all is to be drawn
+    num_drawn = min(round(share * args.batch_size), args.batch_size - (share < 1))
+    num_crops = args.batch_size - num_drawn
+    if not num_crops:
+        labelled = []
     all_texts = [text for _, text in labelled]
     learnt.update(map(data.hash_label, all_texts))
-    fingerprint = torch.tensor(sorted(learnt))
-    num_drawn = int(synthetic_share(len(labelled), args) * args.batch_size)  # in a batch
-    num_crops = args.batch_size - num_drawn
+    args.labels = sorted(learnt)
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
     steps = args.steps = math.ceil(batches / world_size)  # in an epoch
     print(
@@ -262,8 +264,6 @@ def train(args):
     if args.resume and os.path.exists(args.out):
         content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
-        if not torch.equal(content["learnt"], fingerprint):
-            changed.add("data")
         if changed - MAY_CHANGE or "resume" not in content:
             flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
             raise data.InputError(f"{args.out}: is not this run ({flags}); drop --resume")
@@ -281,8 +281,7 @@ def train(args):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         if labelled:
-            rounds = math.ceil(steps * num_crops / len(crops))
-            order = torch.randperm(rounds * len(crops)) % len(crops)  # each crop equally often
+            order = torch.randperm(len(crops))
         losses = []
         epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
@@ -292,7 +291,9 @@ def train(args):
             images = []
             labels = []
             if num_crops:
-                chosen = order[(step - 1) * num_crops : step * num_crops]
+                # each crop equally often: after the last the first ones come again
+                places = torch.arange((step - 1) * num_crops, step * num_crops)
+                chosen = order[places % len(order)]
                 batch = crops[chosen].to(device, non_blocking=True)
                 if args.augment:
                     batch = data.camera(batch, args.size, data.CROP_STRENGTH)
@@ -310,7 +311,7 @@ def train(args):
 
             # 8) backward and step
             optimizer.param_groups[0]["lr"] = learning_rate(done, steps * args.epochs, args)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             # CTC's first gradients are large: without a limit they throw the weights far away
@@ -355,7 +356,7 @@ def train(args):
         is_best = score <= best
         if is_best:
             best = score
-            best_weights = {name: x.cpu().clone() for name, x in ema.module.state_dict().items()}
+            best_weights = copy.deepcopy(ema.module.state_dict())
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
         print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
         content = {
@@ -363,7 +364,6 @@ def train(args):
             "config": network.config,
             "args": vars(args),
             "history": history,
-            "learnt": fingerprint,
             "best": best,
         }
         if epoch < args.epochs:

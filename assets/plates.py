@@ -254,7 +254,8 @@ def show(out, folder=None, augmented=False):
     crops = data.find_crops(data.split_folder(folder, "train")) if folder else []
     data.check_output(out, ".png", [path for path, _ in crops])
     if crops:
-        images, texts = data.load_crops(random.sample(crops, min(24, len(crops))), size)
+        random.shuffle(crops)
+        images, texts = data.load_crops(crops[:24], size)
     else:
         images, texts = fixed_plates(24, "show", size)
     if augmented:
