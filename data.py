@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import linspace, rand, randn
-from torchvision.transforms.v2.functional import jpeg, pil_to_tensor
+from torchvision.transforms.v2.functional import jpeg, pil_to_tensor, resize
 
 # ---------------------------------------------------------------------------------------
 # The alphabet
@@ -163,8 +163,10 @@ def machine_options(add):
 PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
 REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
-FRAME = "whole CCPD photographs; cut them first: python data.py crop FRAMES OUT"
-UNLABELLED = "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg"
+UNLABELLED = (
+    "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg; "
+    "photographs of CCPD are to be cut first: python data.py crop FRAMES OUT"
+)
 
 
 def parse_label(path, alphabet=ALPHABET):
@@ -185,8 +187,7 @@ def parse_label(path, alphabet=ALPHABET):
             return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
         return last, ""
-    # the name of a whole photograph holds the corners of the plate
-    return None, FRAME if name.count("&") > 5 else UNLABELLED
+    return None, UNLABELLED
 
 
 def list_images(folder):
@@ -290,8 +291,7 @@ def open_image(source):
 
 def load_image(source, size):
     """An image (see open_image) as uint8 (3, *size): for training, scoring and reading alike."""
-    # antialiased if it shrinks; Pillow's sizes are (width, height)
-    return pil_to_tensor(open_image(source).resize(size[::-1], Image.BILINEAR))
+    return pil_to_tensor(resize(open_image(source), size))  # antialiased if it shrinks
 
 
 def attempt(function, *arguments):
@@ -302,13 +302,14 @@ def attempt(function, *arguments):
         return error
 
 
-def in_threads(function, *lists):
-    """Yield in order (k, what the function returns for the k-th elements of the lists).
+def in_threads(function, items, *options):
+    """Yield in order (k, what the function returns for the k-th item and the options).
 
     Where it raises InputError it yields nothing, and stderr names these in the end."""
     errors = []
     with ThreadPoolExecutor() as pool:
-        for k, answer in enumerate(pool.map(attempt, itertools.repeat(function), *lists)):
+        answers = pool.map(lambda item: attempt(function, item, *options), items)
+        for k, answer in enumerate(answers):
             if isinstance(answer, InputError):
                 errors.append(answer)
             else:
@@ -331,7 +332,7 @@ def load_crops(crops, size):
         images = np.memmap(file, np.uint8, "w+", shape=shape)
     paths, texts = zip(*crops)
     kept = []
-    for k, image in in_threads(load_image, paths, itertools.repeat(size)):
+    for k, image in in_threads(load_image, paths, size):
         images[len(kept)] = image
         kept.append(texts[k])
     if not kept:
@@ -388,7 +389,7 @@ def warp(images, size, strength, extent):
     # A coarse net of 6 x 20 bends: every stroke is a little out of place, so that the network
     # cannot overfit to exact shapes.
     bend = strength * pair(0.010, 0.025) * rand(count, 1, 1, 1) * randn(count, 2, 6, 20)
-    grid = grid + F.interpolate(bend, size, mode="bilinear")
+    grid = grid + resize(bend, size, antialias=False)
     grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -403,7 +404,7 @@ def relight(images, strength):
     exposure = strength * (0.45 * randn(count, 1, 1) + 0.25 * randn(count, 1, 3))
     images = ((mix * exposure.exp()) @ images.flatten(2)).view_as(images)
     # a smooth field of light, which burns out where it is brightest
-    light = F.interpolate(randn(count, 1, 2, 3), images.shape[2:], mode="bilinear")
+    light = resize(randn(count, 1, 2, 3), images.shape[2:], antialias=False)
     images = images * (0.3 * strength * light).exp() + strength * (0.5 * light - 0.5).clamp(min=0)
     haze = 0.5 * strength * rand(count, 1, 1, 1) ** 4
     return images.lerp(rand(count, 3, 1, 1), haze).clamp(0, 1)
@@ -438,14 +439,14 @@ def photograph(images, size, strength, extent):
     is_smooth = random.random() < 0.5
     images = warp(images, size if is_smooth else sensor, strength, extent)
     images = blur(relight(images, strength), strength)
-    images = F.interpolate(images, sensor, mode="bilinear", antialias=True)
+    images = resize(images, sensor)
     noise = 0.05 * strength * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
     if random.random() < 0.6 * strength:
         quality = random.randint(35, 95)
         pixels = images.to("cpu", torch.uint8)  # the encoder is a CPU's
         images = jpeg(pixels, quality).to(images.device, torch.float32, non_blocking=True)
-    return F.interpolate(images, size, mode="bilinear").round().to(torch.uint8)
+    return resize(images, size, antialias=False).round().to(torch.uint8)
 
 
 def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
@@ -495,14 +496,15 @@ CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤�
 CCPD_TABLES = [CCPD_PROVINCES, LETTERS + "O"] + 6 * [LETTERS + DIGITS + "O"]  # O: no character
 
 
-def cut_frame(path, out, rectify):
-    """Cut the plate out of one photograph, into the folder `out`. Raises InputError.
+def cut_frame(path, frames, out, rectify):
+    """Cut the plate out of one photograph, to `out` as it stands below `frames`. Raises InputError.
 
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
     try:
-        (left, top, right, bottom), corners, indices = numbers[2:5]
+        box, corners, indices = numbers[2:5]
+        left, top, right, bottom = box
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
     except (ValueError, IndexError):
         raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
@@ -510,12 +512,13 @@ def cut_frame(path, out, rectify):
     is_inside = left < right <= image.width and top < bottom <= image.height
     if not (PLATE.fullmatch(plate) and is_inside and len(corners) == 8):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
-    plate_image = image.crop((left, top, right, bottom))
+    plate_image = image.crop(box)
     if rectify:
         corners = corners[4:6] + corners[2:4] + corners[:2] + corners[6:]  # as Pillow wants them
         plate_image = image.transform(plate_image.size, Image.QUAD, corners, Image.BILINEAR)
-    out.mkdir(parents=True, exist_ok=True)
-    plate_image.save(out / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
+    folder = Path(out, path.relative_to(frames).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    plate_image.save(folder / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
 
 
 def crop(frames, out, rectify=False):
@@ -523,8 +526,7 @@ def crop(frames, out, rectify=False):
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = list_images(frames)
-    folders = [Path(out, path.relative_to(frames).parent) for path in paths]
-    cut = list(in_threads(cut_frame, paths, folders, itertools.repeat(rectify)))
+    cut = list(in_threads(cut_frame, paths, frames, out, rectify))
     print(f"{out}: {len(cut):,} plates cut, {len(paths) - len(cut):,} skipped")
 
 

@@ -16,14 +16,11 @@ import json
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torchvision.io import encode_png, write_png
-from torchvision.utils import make_grid
+from torchvision.io import encode_png
 
 import data
 import model
@@ -113,14 +110,8 @@ def compare(trues, preds):
 # Reading a data set
 
 
-class Result(NamedTuple):
-    """One labelled image, and what was read from it."""
-
-    name: str
-    true: str
-    pred: str
-    confidence: float
-    source: object  # the image: a path, or an array
+# one labelled image, and what was read from it; the source is a path, or an array
+Result = namedtuple("Result", "name true pred confidence source")
 
 
 def choose_images(root, split, content, learnt):
@@ -153,7 +144,6 @@ def evaluate(
     root: a data set; without it the one the checkpoint learnt from, or drawn plates. The rest: see
     predict.read. The dict's "reads" is a list of Results, all else in it are plain types."""
     device = model.pick_device(device)
-    precision = precision or model.pick_precision(device)
     network, content = model.load_checkpoint(checkpoint, device)
     model.fold_norms(network)
     learnt = set(content["args"]["labels"])
@@ -181,7 +171,8 @@ def evaluate(
     scores = metrics(trues, preds)
     return scores | {
         "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),
-        "decoding": f"{device} {precision}, {decoding}{', adapted to the place' * adapt}",
+        "decoding": f"{device} {precision or model.pick_precision(device)}, {decoding}"
+        + ", adapted to the place" * adapt,
         "speed": speed,
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
@@ -239,15 +230,14 @@ def write_table(path, results):
     data.write_file(path, file.getvalue().encode("utf-8-sig", "surrogateescape"))
 
 
-def error_picture(result):
-    """The image, below it the truth, then the read, differences red: uint8 (3, 112, 256)."""
-    rows = [data.load_image(result.source, (64, 256))]
+def mark(text, other):
+    """`text` as HTML, in which what differs from `other` is marked."""
+    marked = ""
     # aligned, so that after a missing character the others still match
-    blocks = SequenceMatcher(None, result.true, result.pred).get_matching_blocks()
-    for side, text in enumerate((result.true, result.pred)):
-        same = {block[side] + k for block in blocks for k in range(block.size)}
-        rows.append(plates.text_picture(text, (24, 256), {*range(len(text))} - same))
-    return torch.cat(rows, 1)
+    for kind, start, end, *_ in SequenceMatcher(None, text, other).get_opcodes():
+        part = html.escape(text[start:end])
+        marked += part if kind == "equal" else f"<mark>{part}</mark>"
+    return marked
 
 
 HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8">
@@ -281,17 +271,17 @@ def write_report(folder, scores):
         if points:
             page += chart(f"{key} by images seen, from 0 to 1", points)
     page += "<h2>Errors, the most confident first</h2><table>"
-    pictures = []
-    for result in wrong_reads(scores)[:500]:
-        pictures.append(error_picture(result))
-        image = base64.b64encode(encode_png(pictures[-1]).numpy()).decode()
-        texts = "<br>".join(map(html.escape, result[:3]))
-        page += f'<tr><td><img src="data:image/png;base64,{image}">'
-        page += f"<td>{texts}<br>{result.confidence:.4f}"
+    wrong = wrong_reads(scores)[:500]
+    pictures = [data.load_image(result.source, (64, 256)) for result in wrong]
+    for (name, true, pred, confidence, _), picture in zip(wrong, pictures):
+        image = base64.b64encode(encode_png(picture).numpy()).decode()
+        page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(name)}'
+        page += f"<br>true {mark(true, pred)}<br>read {mark(pred, true)}<br>{confidence:.4f}"
     data.write_file(folder / "report.html", page.encode("utf8", "replace"))
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
     if pictures:
-        write_png(make_grid(pictures[:64], 4, pad_value=255), str(folder / "errors.png"))
+        captions = [f"{result.true} {result.pred}" for result in wrong]
+        plates.save_sheet(folder / "errors.png", pictures[:64], captions, 4)
 
 
 def main(argv=None):

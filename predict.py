@@ -27,10 +27,9 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ from torchvision.transforms.functional import InterpolationMode, affine, resize,
 import data
 import model
 
-READER = Path(__file__).with_name("assets") / "reader.pth"  # where no checkpoint is named
+READER = Path(__file__).parent / "assets/reader.pth"  # where no checkpoint is named
 SURE = 0.8  # a read less probable than this gets two more views
 SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 
@@ -48,13 +47,12 @@ SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 # Reading
 
 
-class Read(NamedTuple):
-    """What was read from one image."""
-
-    plate: str  # "" if there is an error; an image without a plate gets some plate as well
-    confidence: float  # its probability, in [0, 1]; if unsure, the mean of three views
-    alternatives: list  # [(plate, confidence), ...], the likeliest first: the read itself
-    error: str  # "" unless the image could not be read
+# What was read from one image.
+# plate: "" if there is an error; an image without a plate gets some plate as well
+# confidence: its probability, in [0, 1]; if unsure, the mean of three views
+# alternatives: [(plate, confidence), ...], the likeliest first: the read itself
+# error: "" unless the image could not be read
+Read = namedtuple("Read", "plate confidence alternatives error")
 
 
 def load(path=READER, device=None):
@@ -103,17 +101,18 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         for k, ((text, probability),) in enumerate(answers)
         if patterns and not (probability > sure and model.is_plate(text, patterns))
     ]
+    views = list(logits.split(1, 1))  # (T, 1, C) of each image
+    if unsure:
+        tilted = model.predict_logits(network, more_views(images[unsure]), precision)
+        for k, two in zip(unsure, tilted.split(2, 1)):
+            views[k] = torch.cat((views[k], two), 1)  # (T, 3, C)
     for k in range(len(images)) if top > 1 else unsure:
-        views = logits[:, [k]]  # (T, 1, C)
-        strings = model.beam_search(views[:, 0].log_softmax(1), alphabet, patterns)
-        if k in unsure:
-            tilted = model.predict_logits(network, more_views(images[[k]]), precision)
-            views = torch.cat((views, tilted), 1)  # (T, 3, C)
+        strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if adapt:  # the search drops most provinces of a blurred plate
             others = [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
             strings = list(dict.fromkeys(strings + others))
         if strings:
-            answers[k] = model.candidates(views, strings, alphabet)[:40]
+            answers[k] = model.candidates(views[k], strings, alphabet)[:40]
     return [
         Read(*pairs[0], pairs, "") if torch.is_tensor(image) else Read("", 0.0, [], str(image))
         for image, pairs in zip(loaded, answers)

@@ -327,7 +327,7 @@ class TestCommands:
         for name in ("image.jpg", "IMG-0042.jpg", "1-皖AR0O3T.jpg", "notes.md", "皖A12345.JFIF"):
             Path("set/train", name).touch()
         shutil.copy(min(Path("frames").iterdir()), "set/train")
-        said = "2 files whose names hold no label; IMG-0042; 1 whole CCPD; 1 labels held O; 1 files"
+        said = "3 files whose names hold no label; IMG-0042; 1 labels held O; 1 files passed"
         run("plates show x.png set", f"{said}; 2 files left out; 6 labelled")
         said += f"; 1 plates in train and test\n    {path.stem[8:]}; [256.  80.]; 1160.]"
         said += "; {'test': 1, 'train': 11}; '闽': 0; 4 files left out"
@@ -408,10 +408,9 @@ class TestCommands:
         said = "report       file://; errors       3"
         run("evaluate --data empty --report out --json x.json", said)
         page = Path("out/report.html").read_text("utf8")
-        assert "&lt;b&gt;皖A00000.jpg" in page and "<b>" not in page and "皖A00001<br>" in page
+        assert "&lt;b&gt;皖A00000.jpg" in page and "<b>" not in page
         assert page.count("<img") == 3 and page.count("<polyline") == 4  # three of the training
-        sheet = np.asarray(Image.open("out/errors.png").convert("RGB")).astype(int)
-        assert (sheet[:, :, 0] - sheet[:, :, 1] > 200).any()  # differences are red
+        assert Image.open("out/errors.png").width > 3 * 256 and page.count("<mark>") >= 6
         assert "1-皖A00001.jpg" in Path("out/predictions.csv").read_text("utf-8-sig")
         scores = "".join(Path("x.json").read_text().split())
         assert '"accuracy":0.0,' in scores and '"by_first":{"\\u7696":[0,3]}' in scores

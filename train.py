@@ -177,8 +177,8 @@ def train(args):
     start = time.perf_counter()
     device = model.pick_device(args.device)
     precision = args.precision or model.pick_precision(device)
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.getenv("RANK", 0))
+    world_size = int(os.getenv("WORLD_SIZE", 1))
     if world_size > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import linspace, rand
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -86,10 +86,9 @@ TEST = (2000, "test")
 @functools.lru_cache
 def load_glyphs(height, device="cpu"):
     """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
-    sheet = pil_to_tensor(Image.open(GLYPHS).convert("L")) / 255  # (1, faces * CELL_H, 65 * CELL_W)
+    sheet = pil_to_tensor(Image.open(GLYPHS)) / 255  # (1, faces * CELL_H, 65 * CELL_W)
     cells = sheet.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
-    cells = F.interpolate(cells, (height, height // 2), mode="bilinear", antialias=True)
-    return cells.to(device)
+    return resize(cells, (height, height // 2)).to(device)
 
 
 def on_device(values, device):
@@ -152,8 +151,7 @@ def draw_characters(plate, kind, texts, ink, glyphs, mm):
     faces = [[random.choice(kind.faces if random.random() < OWN_SHARE else other)] for _ in texts]
     # (B, 1) and (B, length) choose (B, length, h, w)
     masks = glyphs[on_device(faces, plate.device), on_device(codes, plate.device)]
-    size = (masks.shape[2], round(kind.width * mm))
-    masks = F.interpolate(masks, size, mode="bilinear", antialias=True)
+    masks = resize(masks, (masks.shape[2], round(kind.width * mm)))
     for mask, x in zip(masks.split(1, 1), kind.lefts):
         # characters are not pressed exactly in place
         stamp(plate, mask, x + random.uniform(-1.5, 1.5), random.uniform(23.5, 26.5), ink, mm)
@@ -221,28 +219,26 @@ def fixed_plates(count, seed, size):
 # Pictures with captions
 
 
-def text_picture(text, size, red=()):
-    """`text` on white, from the left, as much as fits: uint8 (3, *size). Characters at the places
-    `red` are red."""
+def text_picture(text, size):
+    """`text` on white, from the left, as much as fits: uint8 (3, *size)."""
     height, width = size
     step = height // 2 + 2
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(0.9 * height)  # in which no 1 looks like an I, as on plates
     for k, char in enumerate(text):
-        colour = "red" if k in red else "black"
         if char in data.PROVINCES:
             glyph = load_glyphs(height)[0, data.ALPHABET.index(char)]
-            draw.bitmap((k * step, 0), to_pil_image(glyph), colour)
+            draw.bitmap((k * step, 0), to_pil_image(glyph), "black")
         else:
-            draw.text((k * step + height // 4, height // 2), char, colour, font, "mm")
+            draw.text((k * step + height // 4, height // 2), char, "black", font, "mm")
     return pil_to_tensor(page)
 
 
 def save_sheet(path, images, captions, columns):
     """Write images in rows, uint8 (3, h, w), each above its caption, a text."""
     pictures = [
-        torch.cat((image, text_picture(text, (image.shape[2] // 8, image.shape[2]))), 1)
+        torch.cat((image, text_picture(text, (image.shape[2] // 10, image.shape[2]))), 1)
         for image, text in zip(images, captions)
     ]
     to_pil_image(make_grid(pictures, columns, pad_value=255)).save(path)
