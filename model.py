@@ -289,8 +289,8 @@ def predict_logits(network, images, precision="fp32"):
 
 
 # ---------------------------------------------------------------------------------------
-# Checkpoints: {"model": weights, "config": see build_network, and what the trainer adds}, in
-# plain types.
+# Checkpoints: {"model": weights, "config": see build_network, "args": {"data": a folder or None,
+# "labels": hashes of those learnt}, "history": a list}, and what the trainer adds, in plain types.
 
 
 def is_config(model, alphabet, size, rnn, bidirectional):

@@ -217,7 +217,8 @@ def find_images(arguments):
 
 def explain(network, paths, out, precision=None, grammar=None):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and the likeliest strings."""
+    likely its likeliest class is, and which ("-" is blank), and the likeliest strings in this one
+    view."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
@@ -236,6 +237,7 @@ def explain(network, paths, out, precision=None, grammar=None):
     rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
     patterns = plate_patterns(network, grammar)
     strings = model.beam_search(logits[:, 0].log_softmax(1), alphabet, patterns)
+    strings = strings or model.greedy_decode(logits, alphabet)
     for text, probability in model.candidates(logits, strings, alphabet)[:4]:
         rows.append(plates.text_picture(f"{text} {probability:.4f}", (32, width)))
     to_pil_image(torch.cat(rows, 1)).save(out)
@@ -287,7 +289,7 @@ def main(argv=None):
     add("--top", type=data.between(int, 1, 12), default=1, help="print the K likeliest plates")
     add("--label", help="a new folder: copy the crops there, named by what was read")
     add("--above", type=float, default=0.9, help="those less sure go to LABEL/unsure (%(default)s)")
-    add("--explain", help="a .png: draw how the first image was read")
+    add("--explain", help="a .png: draw what CTC sees in the first image")
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     with data.one_sentence():
