@@ -70,7 +70,8 @@ def plate_patterns(network, grammar=None):
 
 
 def more_views(images):
-    """Two more views of each image: (B, 3, H, W) to (2 * B, 3, H, W), uint8.
+    """Two more views of each image, first one of all, then the other: (B, 3, H, W) to
+    (2 * B, 3, H, W), uint8.
 
     They come a little closer and tilt the image to either side. What is misread at first sight
     is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
@@ -78,7 +79,7 @@ def more_views(images):
         affine(images, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
         for degrees in (2.5, -2.5)
     ]
-    return torch.stack(tilted, 1).flatten(0, 1)
+    return torch.cat(tilted)
 
 
 def read_batch(sources, network, precision, patterns, top, adapt):
@@ -104,8 +105,8 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     views = list(logits.split(1, 1))  # (T, 1, C) of each image
     if unsure:
         tilted = model.predict_logits(network, more_views(images[unsure]), precision)
-        for k, two in zip(unsure, tilted.split(2, 1)):
-            views[k] = torch.cat((views[k], two), 1)  # (T, 3, C)
+        for i, k in enumerate(unsure):
+            views[k] = torch.cat((views[k], tilted[:, i :: len(unsure)]), 1)  # (T, 3, C)
     for k in range(len(images)) if top > 1 else unsure:
         strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if adapt:  # the search drops most provinces of a blurred plate

@@ -267,7 +267,7 @@ class TestParts:
         logits, tilted = (
             model.predict_logits(network, x) for x in (images, predict.more_views(images))
         )
-        views = (logits, tilted[:, ::2], tilted[:, 1::2])
+        views = (logits, *tilted.chunk(2, 1))
         shares = [model.probabilities(x, [read.plate for read in reads], ALPHABET) for x in views]
         texts = model.greedy_decode(logits, ALPHABET)
         is_sure = model.probabilities(logits, texts, ALPHABET) > 0.8
