@@ -29,7 +29,6 @@ BLANK = 0  # CTC's class for "no new character"; character k of the alphabet is 
 # ---------------------------------------------------------------------------------------
 # The networks
 
-
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
@@ -83,8 +82,8 @@ class CRNN(nn.Module):
 
 
 class WideCRNN(CRNN):
-    """The pretrained model's network, "wide": it reads small crops better, learns more slowly, and
-    computes two thirds more."""
+    """The pretrained model's network, "wide": it computes two thirds more, and learns more slowly at
+    first."""
 
     layers = (*CRNN.layers[:4], (128, 2, 1), (128, 1, 1), (192, 2, 1), (256, 1, 1))
 
