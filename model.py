@@ -82,8 +82,8 @@ class CRNN(nn.Module):
 
 
 class WideCRNN(CRNN):
-    """The pretrained model's network, "wide": it computes two thirds more, and learns more slowly at
-    first."""
+    """The pretrained model's network, "wide": it computes two thirds more, and learns more slowly
+    at first."""
 
     layers = (*CRNN.layers[:4], (128, 2, 1), (128, 1, 1), (192, 2, 1), (256, 1, 1))
 
