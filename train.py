@@ -72,10 +72,15 @@ NOTEBOOK = {
 }
 RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
-MAY_CHANGE = {"resume", "out", "device", "precision", "lr", "config"}  # in a run that is resumed
+MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
 MOST_VIEWS = 80  # a run shows each crop about so often at most, or it overfits
 MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
+
+
+def network_config(args):
+    """What model.build_network takes, from all the arguments."""
+    return {name: vars(args)[name] for name in CONFIG}
 
 
 def parse_arguments(argv):
@@ -112,10 +117,9 @@ def parse_arguments(argv):
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
     parser.set_defaults(**RECIPES[config["model"]] | config)
     args = parser.parse_args(argv)
-    args.config = {name: vars(args)[name] for name in CONFIG}
-    if args.init and args.config != config:
+    if args.init and network_config(args) != config:
         raise data.InputError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
-    if not model.is_config(**args.config):
+    if not model.is_config(**network_config(args)):
         sizes = f"multiples of {model.NETWORKS[args.model].multiples}, 64 wide to 512 2048"
         raise data.InputError(f"--size {args.size}: give {sizes}, and no / in --alphabet")
     return args
@@ -195,7 +199,7 @@ def train(args):
         network, content = model.load_checkpoint(args.init)
         learnt.update(content["args"]["labels"])
     else:
-        network = model.build_network(**args.config)
+        network = model.build_network(**network_config(args))
     network.to(device)
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
