@@ -23,7 +23,7 @@ import sys
 import tempfile
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -303,17 +303,26 @@ def attempt(function, *arguments):
 
 
 def in_threads(function, items, *options):
-    """Yield in order (k, what the function returns for the k-th item and the options).
+    """Yield in order what the function returns for each item and the options. Where it raises
+    InputError it yields nothing, and stderr names these in the end.
 
-    Where it raises InputError it yields nothing, and stderr names these in the end."""
+    There is a worker for each core. Each computes with one core, so that none waits for another's
+    share. Few items are taken ahead: together they may be more than memory holds."""
+    threads = torch.get_num_threads()
     errors = []
-    with ThreadPoolExecutor() as pool:
-        answers = pool.map(lambda item: attempt(function, item, *options), items)
-        for k, answer in enumerate(answers):
-            if isinstance(answer, InputError):
-                errors.append(answer)
-            else:
-                yield k, answer
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = (pool.submit(attempt, function, item, *options) for item in items)
+            waiting = deque(itertools.islice(futures, threads + 1))
+            while waiting:
+                answer = waiting.popleft().result()
+                waiting.extend(itertools.islice(futures, 1))
+                if isinstance(answer, InputError):
+                    errors.append(answer)
+                else:
+                    yield answer
+    finally:
+        torch.set_num_threads(threads)  # or threads that start later would have one core too
     warn("files left out", errors)
 
 
@@ -330,14 +339,13 @@ def load_crops(crops, size):
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
         images = np.memmap(file, np.uint8, "w+", shape=shape)
-    paths, texts = zip(*crops)
-    kept = []
-    for k, image in in_threads(load_image, paths, size):
-        images[len(kept)] = image
-        kept.append(texts[k])
-    if not kept:
-        raise InputError(f"{paths[0]}: no crop there can be read; check the files")
-    return torch.from_numpy(images)[: len(kept)], kept
+    texts = []
+    for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), crops):
+        images[len(texts)] = image
+        texts.append(text)
+    if not texts:
+        raise InputError(f"{crops[0][0]}: no crop there can be read; check the files")
+    return torch.from_numpy(images)[: len(texts)], texts
 
 
 def seed_all(*counters):
@@ -473,7 +481,7 @@ def audit(folder, alphabet=ALPHABET):
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
         labelled = label_images(folder, alphabet)
         paths = [path for path, _ in labelled]
-        sizes = [size for _, size in in_threads(lambda path: open_image(path).size, paths)]
+        sizes = list(in_threads(lambda path: open_image(path).size, paths))
         splits = defaultdict(list)
         for path, text in labelled:
             # DIR/train/part1/x.jpg belongs to train

@@ -27,8 +27,7 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -120,28 +119,6 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     ]
 
 
-def read_all(sources, network, *options):
-    """Yield the reads of read_batch, in order.
-
-    There is a worker for each core. Each reads batches of its own, with one core, so that none
-    waits for another's share of a batch."""
-    # a camera may fill its array again
-    sources = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
-    size = model.images_at_once(network)
-    threads = torch.get_num_threads()
-    waiting = deque()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for batch in iter(lambda: list(itertools.islice(sources, size)), []):
-                waiting.append(pool.submit(read_batch, batch, network, *options))
-                if len(waiting) > threads:
-                    yield from waiting.popleft().result()
-            for last in waiting:
-                yield from last.result()
-    finally:
-        torch.set_num_threads(threads)  # or threads that start later would have one core too
-
-
 def adapt_to_place(reads):
     """Reads weighed by how common their provinces and cities are among all the reads of a place.
 
@@ -183,7 +160,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
 
     sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
     Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
-    core and one more are taken before the first answer; for a live camera call
+    core and two more are taken before the first answer; for a live camera call
     next(read(network, frame)).
 
     precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
@@ -198,7 +175,11 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
-        reads = read_all(sources, *options)
+        # a camera may fill its array again
+        images = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
+        size = model.images_at_once(network)
+        batches = iter(lambda: list(itertools.islice(images, size)), [])
+        reads = itertools.chain.from_iterable(data.in_threads(read_batch, batches, *options))
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 

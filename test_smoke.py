@@ -308,7 +308,7 @@ class TestParts:
         train.EPOCH_IMAGES = 20_000
         shares = [train.synthetic_share(crops, args) for crops in (0, 1140, 10**5)]
         assert shares == near([1, 1 - 80 * 1140 / 640_000, 0.5])
-        rates = [train.learning_rate(step, 10**4, args) for step in (0, 5150)]
+        rates = [train.learning_rate(step, 10**4, args) for step in (0, 5000)]
         assert rates == near([1 / 301, 0.5])
         args.decay = False
         assert train.learning_rate(5000, 10**4, args) == 1

@@ -126,14 +126,11 @@ def parse_arguments(argv):
 
 
 def learning_rate(step, steps, args):
-    """The learning rate of step number `step` of `steps`."""
-    warmup = min(args.warmup, steps // 5)
-    # 1) a linear warm-up
-    if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    # 2) then it falls along half a cosine to 0 (Loshchilov and Hutter, 2017), or stays
-    progress = args.decay * (step - warmup) / (steps - warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    """The learning rate of step number `step` of `steps`: a linear warm-up times half a cosine,
+    which falls to 0 (Loshchilov and Hutter, 2017), or without args.decay stays at 1."""
+    rise = min(1, (step + 1) / (min(args.warmup, steps // 5) + 1))
+    fall = 0.5 + 0.5 * math.cos(math.pi * args.decay * step / steps)
+    return args.lr * rise * fall
 
 
 def synthetic_share(num_crops, args):
