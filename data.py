@@ -370,60 +370,47 @@ def lying_on(device):
 
 
 def pair(x, y):
-    """A number along x and another along y, as a tensor (2, 1, 1) on the device in use."""
-    return linspace(x, y, 2).view(2, 1, 1)
+    """A number along x and another along y, as a tensor (2, 1) on the device in use."""
+    return linspace(x, y, 2).view(2, 1)
 
 
 def warp(images, size, strength, extent):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
     The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so.
-    grid_sample asks for each pixel of the picture where on the plate it comes from, so all here is
-    the inverse of what happens: from the corners of the picture back to the plate, which is
-    [-1, 1] both ways."""
+    affine_grid asks for each pixel of the picture where on the plate it comes from, so all here
+    is the inverse of what happens: from the picture back to the plate, both [-1, 1] both ways."""
     count = len(images)
-    ends = linspace(-1, 1, 2)
-    corners = torch.stack(torch.meshgrid(ends, ends, indexing="xy"))  # (2, 2, 2): x, then y
-    # in the photograph x is x + slant * y, and y is y + slant * x; the box grows with both
-    slant = strength * pair(0.06, 0.3) * randn(count, 2, 1, 1)
-    box = (1 + slant.abs()) * corners  # (B, 2, 2, 2)
-    # the box is from 5% wider and 10% higher than the plate to 9% narrower and 31% lower
-    zoom = 1 + strength * (pair(0.15, 0.55) * rand(count, 2, 1, 1) - pair(0.05, 0.10))
-    # all corners move, and each by itself
-    move = 0.04 * strength * (randn(count, 2, 1, 1) + randn(count, 2, 2, 2))
-    # flip exchanges x and y
-    corners = pair(*extent) * ((box - slant * box.flip(1)) / zoom + move)
-    grid = F.interpolate(corners, size, mode="bilinear", align_corners=True)  # (B, 2, H, W)
-    # A coarse net of 6 x 20 bends: every stroke is a little out of place, so that the network
-    # cannot overfit to exact shapes.
-    bend = strength * pair(0.010, 0.025) * rand(count, 1, 1, 1) * randn(count, 2, 6, 20)
-    grid = grid + resize(bend, size, antialias=False)
-    grid = grid.permute(0, 2, 3, 1)  # (B, H, W, 2)
+    # in the photograph x is x + slant * y, and y is y + slant * x
+    slant = strength * pair(0.06, 0.4) * randn(count, 2, 1)
+    eye = torch.eye(2)
+    turn = eye - slant * eye.flip(0)  # (B, 2, 2)
+    box = turn * (1 + slant.abs()).mT  # it grows with both
+    # the box is from 7% wider and 12% higher than the plate to 17% narrower and 32% lower
+    tight = rand(count, 2, 1) ** pair(2, 1)
+    zoom = 1 + strength * (pair(0.27, 0.60) * tight - pair(0.07, 0.12))
+    move = 0.04 * strength * randn(count, 2, 1)
+    view = pair(*extent) * torch.cat((box / zoom, move), 2)  # (B, 2, 3)
+    grid = F.affine_grid(view, (count, 3, *size), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def relight(images, strength):
-    """Light and colour: the camera's own colours, exposure, uneven light with glare, and haze."""
+    """The light: its strength and colour, unevenness, and glare."""
     count = len(images)
-    # all cameras see colour in their own way, and a few see little of it
-    eye = torch.eye(3)  # its mean is 1 / 3: all channels alike
-    mix = eye.lerp(eye.mean(), strength * rand(count, 1, 1) ** 2)
-    mix = mix + 0.15 * strength * randn(count, 3, 3)
-    exposure = strength * (0.45 * randn(count, 1, 1) + 0.25 * randn(count, 1, 3))
-    images = ((mix * exposure.exp()) @ images.flatten(2)).view_as(images)
-    # a smooth field of light, which burns out where it is brightest
+    # a smooth field, which burns out where it is brightest
     light = resize(randn(count, 1, 2, 3), images.shape[2:], antialias=False)
-    images = images * (0.3 * strength * light).exp() + strength * (0.5 * light - 0.5).clamp(min=0)
-    haze = 0.5 * strength * rand(count, 1, 1, 1) ** 4
-    return images.lerp(rand(count, 3, 1, 1), haze).clamp(0, 1)
+    exposure = 0.45 * randn(count, 1, 1, 1) + 0.25 * randn(count, 3, 1, 1) + 0.3 * light
+    glare = (0.5 * light - 0.5).clamp(min=0)
+    return (images * (strength * exposure).exp() + strength * glare).clamp(0, 1)
 
 
 def blur(images, strength):
     """The lens, one for all images: out of focus, moved along a line while it was open, and
     sharpened in the camera."""
     pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
-    across = 0.15 + pixels * (0.6 * random.random() ** 3 + 1.6 * random.random() ** 10)
-    along = across + pixels * 3.5 * random.random() ** 10
+    across = 0.15 + pixels * 2 * random.random() ** 4
+    along = across + pixels * 4 * random.random() ** 4
     angle = random.uniform(0, math.pi)
     reach = math.ceil(max(3, 2 * along))
     x = torch.arange(-reach, reach + 1.0)
@@ -442,10 +429,8 @@ def blur(images, strength):
 def photograph(images, size, strength, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
     # each side has fewer pixels by itself; then the network's input size is an enlargement
-    sensor = [round(side * (1 - 0.55 * strength * random.random() ** 2)) for side in size]
-    # some programs shrink a picture without smoothing it first, which leaves jagged strokes
-    is_smooth = random.random() < 0.5
-    images = warp(images, size if is_smooth else sensor, strength, extent)
+    sensor = [round(side * (1 - 0.6 * strength * random.random() ** 2)) for side in size]
+    images = warp(images, size, strength, extent)
     images = blur(relight(images, strength), strength)
     images = resize(images, sensor)
     noise = 0.05 * strength * rand(len(images), 1, 1, 1) ** 3

@@ -49,7 +49,7 @@ MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).ex
 MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn", "rnn")]
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
 # mean, deviation, difference of rows and of columns: of drawn plates, and photographed again
-GOLDEN = (126.114, 77.629, 13.096, 11.121, 128.441, 75.051, 9.863, 8.876)
+GOLDEN = (116.835, 79.614, 15.847, 12.839, 114.938, 75.030, 9.516, 8.122)
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
 not a checkpoint: predict absent.pth crop.jpg | no readable path: predict a.jfif
@@ -349,7 +349,7 @@ class TestCommands:
         assert head == "filename,true,pred,confidence,same" and 0.4 < score < 1
         _, trues, reads, confidences, _ = zip(*(row.split(",") for row in rows))
         assert score == near(sum(map(str.__eq__, trues, reads)) / 54, abs=1e-4)
-        assert sum(map(float, confidences)) == near(48.258, abs=5e-3)  # as measured
+        assert sum(map(float, confidences)) == near(46.023, abs=5e-3)  # as measured
         paths = sorted(Path("plates/train").iterdir())
         lines = [f"{path}\t{plate}\t" for path, plate in zip(paths, reads)]
         run("predict ckpt.pth plates/train --precision fp32", "; ".join(lines))
@@ -382,7 +382,7 @@ class TestCommands:
             run("predict crop.jpg --explain ctc.png", "1 read")
         run("predict crop.jpg --explain ctc.png --export model.pt2", "model.pt2: written")
         picture = np.asarray(Image.open("ctc.png"))
-        assert picture.shape[1] == 32 * 28 and picture.mean() == near(174.8, abs=0.5)
+        assert picture.shape[1] == 32 * 28 and picture.mean() == near(158.7, abs=0.5)
         assert b"\\u7696" in Path("model.pt2").read_bytes()  # 皖 in JSON, so the alphabet
         answer = torch.export.load("model.pt2").module()(images)
         assert torch.allclose(answer, model.predict_logits(predict.load(), images), atol=1e-3)
@@ -451,7 +451,7 @@ class TestCommands:
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
         row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
         # of a network that hardly learns; in the loss is dropout, which varies with torch's version
-        assert row["val_loss"] == near(0.0502, abs=1e-3) and row["loss"] == near(0.135, abs=0.01)
+        assert row["val_loss"] == near(0.0534, abs=1e-3) and row["loss"] == near(0.135, abs=0.01)
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")
         assert not camera.called

@@ -8,7 +8,6 @@ camera of data.py photographs it. The characters come from glyphs.png, see make_
 """
 
 import functools
-import itertools
 import random
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ CELL_W = 24  # pixels of one character in glyphs.png
 CELL_H = 48
 CHARACTER_WIDTH = 45  # mm, the same character
 CHARACTER_HEIGHT = 90
-OTHER_FACES = 8  # ordinary typefaces begin at this row of glyphs.png
 
 # Blue plates are 440 mm wide and green ones 480, of which we draw 440 too, 11/12 as wide: the
 # camera makes one size of all plates anyway.
@@ -73,7 +71,6 @@ PLATE_TYPES = (
     # white: police
     PlateType(0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
 )
-OWN_SHARE = 0.9  # nine of ten plates have the official characters, the rest ordinary typefaces
 PRACTICE = 0.5  # of the strings that training draws, see random_text
 VALIDATION = (1000, "validation")  # how many, and their seed: training's seeds are no strings
 TEST = (2000, "test")
@@ -147,8 +144,7 @@ def draw_background(plate, kind, ink, mm):
 def draw_characters(plate, kind, texts, ink, glyphs, mm):
     """Stamp every character at its place, and the dot behind the second one."""
     codes = [[data.ALPHABET.index(char) for char in text] for text in texts]
-    other = range(OTHER_FACES, len(glyphs))
-    faces = [[random.choice(kind.faces if random.random() < OWN_SHARE else other)] for _ in texts]
+    faces = [[random.choice(kind.faces)] for _ in texts]
     # (B, 1) and (B, length) choose (B, length, h, w)
     masks = glyphs[on_device(faces, plate.device), on_device(codes, plate.device)]
     masks = resize(masks, (masks.shape[2], round(kind.width * mm)))
@@ -158,19 +154,6 @@ def draw_characters(plate, kind, texts, ink, glyphs, mm):
     side = max(2, round(10 * mm))
     dot = per_image(len(texts)).expand(-1, 1, side, side)
     stamp(plate, dot, kind.dot, 65, ink, mm)
-
-
-def draw_screws(plate, mm):
-    """Screws or seals in some of the four holes; they may cover a part of a character."""
-    count = len(plate)
-    size = random.uniform(8, 16)
-    squares = linspace(-1, 1, max(3, round(size * mm))) ** 2
-    disc = (1.3 - squares - squares.view(-1, 1)).clamp(0, 1)  # with a soft edge
-    for x, y in itertools.product((WIDTH / 4, 3 * WIDTH / 4), (6, HEIGHT - 6 - size)):
-        is_there = per_image(count) < 0.4
-        colour = per_image(count) * (1 - 0.4 * per_image(count, 3))
-        x = x - size / 2 + random.uniform(-8, 8)
-        stamp(plate, disc * is_there, x, y + random.uniform(-4, 4), colour, mm)
 
 
 def paint(kind, texts, glyphs):
@@ -185,7 +168,6 @@ def paint(kind, texts, glyphs):
     ink = ink - 0.05 + 0.1 * per_image(count, 3)
     draw_background(plate, kind, ink, mm)
     draw_characters(plate, kind, texts, ink, glyphs, mm)
-    draw_screws(plate, mm)
     return canvas
 
 
