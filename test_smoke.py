@@ -451,7 +451,7 @@ class TestCommands:
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
         row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
         # of a network that hardly learns; in the loss is dropout, which varies with torch's version
-        assert row["val_loss"] == near(0.0534, abs=1e-3) and row["loss"] == near(0.135, abs=0.01)
+        assert row["val_loss"] == near(0.0534, abs=1e-3) and row["loss"] == near(0.198, abs=0.01)
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")
         assert not camera.called
