@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import linspace, rand, randn
-from torchvision.transforms.v2.functional import jpeg, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import jpeg, pil_to_tensor, resize, to_dtype
 
 # ---------------------------------------------------------------------------------------
 # The alphabet
@@ -86,7 +86,7 @@ def between(kind, low, high):
     return parse
 
 
-class InputError(ValueError):
+class InputError(OSError):
     """A mistake in what the user gave. Its one sentence names the file and the cure."""
 
 
@@ -112,7 +112,7 @@ def one_sentence():
         yield
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
+    except OSError as error:
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
@@ -170,7 +170,7 @@ UNLABELLED = (
 
 
 def parse_label(path, alphabet=ALPHABET):
-    """The label of a crop, from its file name: (text, remark). text is None if there is none.
+    """The label of a crop, from its file name: (text, remark). text is "" if there is none.
 
     With the default alphabet: the one plate that stands behind the last "-", or else in the whole
     name. Plates hold no O and no I, so these are read as 0 and 1. With any other alphabet: what
@@ -187,7 +187,7 @@ def parse_label(path, alphabet=ALPHABET):
             return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
         return last, ""
-    return None, UNLABELLED
+    return "", UNLABELLED
 
 
 def list_images(folder):
@@ -197,8 +197,9 @@ def list_images(folder):
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with images inside")
     known = Image.registered_extensions()
-    files = ((root, name) for root, _, names in os.walk(folder) for name in names)
-    paths = sorted(Path(root, name) for root, name in files if name[0] != ".")
+    paths = sorted(
+        Path(root, name) for root, _, names in os.walk(folder) for name in names if name[0] != "."
+    )
     images = [path for path in paths if path.suffix.lower() in known]
     warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
     return images
@@ -215,24 +216,18 @@ def split_folder(root, split):
 
 
 def label_images(folder, alphabet):
-    """All images below `folder` with their labels: [(path, text or None), ...].
+    """All images below `folder` with what parse_label says: [(path, text, remark), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    labelled = []
-    remarks = defaultdict(list)
-    for path in list_images(folder):
-        text, remark = parse_label(path, alphabet)
-        labelled.append((path, text))
-        if remark:
-            remarks[remark].append(path)
-    for remark in remarks:
-        warn(remark, remarks[remark])
+    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
+    for why in (UNLABELLED, REPAIRED):
+        warn(why, [path for path, _, remark in labelled if remark == why])
     return labelled
 
 
 def find_crops(folder, alphabet=ALPHABET):
     """The labelled crops among label_images: [(path, text), ...]. Raises InputError for none."""
-    crops = [crop for crop in label_images(folder, alphabet) if crop[1]]
+    crops = [(path, text) for path, text, _ in label_images(folder, alphabet) if text]
     if not crops:
         raise InputError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
     return crops
@@ -284,7 +279,7 @@ def open_image(source):
         return image.convert("RGB")
     except PILLOW_ERRORS as error:
         is_path = isinstance(source, (str, os.PathLike))
-        name = printable(source) if is_path else type(source).__name__
+        name = source if is_path else type(source).__name__
         what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
         raise InputError(f"{name}: {what} ({printable(error)[:100]})") from None
 
@@ -292,14 +287,6 @@ def open_image(source):
 def load_image(source, size):
     """An image (see open_image) as uint8 (3, *size): for training, scoring and reading alike."""
     return pil_to_tensor(resize(open_image(source), size))  # antialiased if it shrinks
-
-
-def attempt(function, *arguments):
-    """What the function returns, or the InputError that it raises."""
-    try:
-        return function(*arguments)
-    except InputError as error:
-        return error
 
 
 def in_threads(function, items, *options):
@@ -312,15 +299,14 @@ def in_threads(function, items, *options):
     errors = []
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = (pool.submit(attempt, function, item, *options) for item in items)
-            waiting = deque(itertools.islice(futures, threads + 1))
+            futures = (pool.submit(function, item, *options) for item in items)
+            waiting = deque(itertools.islice(futures, threads + 2))
             while waiting:
-                answer = waiting.popleft().result()
+                try:
+                    yield waiting.popleft().result()
+                except InputError as error:
+                    errors.append(error)
                 waiting.extend(itertools.islice(futures, 1))
-                if isinstance(answer, InputError):
-                    errors.append(answer)
-                else:
-                    yield answer
     finally:
         torch.set_num_threads(threads)  # or threads that start later would have one core too
     warn("files left out", errors)
@@ -447,8 +433,7 @@ def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
 
     strength: 1 for drawn plates, CROP_STRENGTH for crops. extent: the share of the picture's
     width and height that the plate takes."""
-    if images.dtype == torch.uint8:
-        images = images / 255
+    images = to_dtype(images, scale=True)
     # images that share a lens: few fit into a CPU's cache, many fill a GPU
     handfuls = images.split(16 if images.device.type == "cpu" else 64)
     with lying_on(images.device):
@@ -465,12 +450,11 @@ def audit(folder, alphabet=ALPHABET):
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
         labelled = label_images(folder, alphabet)
-        paths = [path for path, _ in labelled]
-        sizes = list(in_threads(lambda path: open_image(path).size, paths))
+        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled))
         splits = defaultdict(list)
-        for path, text in labelled:
+        for path, text, _ in labelled:
             # DIR/train/part1/x.jpg belongs to train
-            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text or "")
+            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
         texts = sum(splits.values(), [])
         counts = Counter("".join(texts))
         print("images", {split: len(some) for split, some in splits.items()})
@@ -498,20 +482,20 @@ def cut_frame(path, frames, out, rectify):
     try:
         box, corners, indices = numbers[2:5]
         left, top, right, bottom = box
+        quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
     except (ValueError, IndexError):
         raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
     is_inside = left < right <= image.width and top < bottom <= image.height
-    if not (PLATE.fullmatch(plate) and is_inside and len(corners) == 8):
+    if not (PLATE.fullmatch(plate) and is_inside):
         raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
     plate_image = image.crop(box)
     if rectify:
-        corners = corners[4:6] + corners[2:4] + corners[:2] + corners[6:]  # as Pillow wants them
-        plate_image = image.transform(plate_image.size, Image.QUAD, corners, Image.BILINEAR)
-    folder = Path(out, path.relative_to(frames).parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    plate_image.save(folder / f"{path.name}-{plate}.jpg", quality=95)  # a.jpg and a.png are two
+        plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
+    target = Path(f"{out}/{path.relative_to(frames)}-{plate}.jpg")  # a.jpg and a.png are two
+    target.parent.mkdir(parents=True, exist_ok=True)
+    plate_image.save(target, quality=95)
 
 
 def crop(frames, out, rectify=False):
@@ -523,6 +507,7 @@ def crop(frames, out, rectify=False):
     print(f"{out}: {len(cut):,} plates cut, {len(paths) - len(cut):,} skipped")
 
 
+@one_sentence()
 def main(argv=None):
     parser, add = make_parser(__doc__)
     add("command", choices=["audit", "crop"])
@@ -530,12 +515,11 @@ def main(argv=None):
     add("out", nargs="?", default="crops", help="the folder to write crops to (%(default)s)")
     add("--alphabet", type=read_alphabet, default=ALPHABET, help="of the labels, or a .txt of it")
     add("--rectify", action="store_true", help="pull the four corners of a plate straight")
-    with one_sentence():
-        args = parser.parse_args(argv)
-        if args.command == "crop":
-            crop(args.folder, args.out, args.rectify)
-        elif not audit(args.folder, args.alphabet):
-            sys.exit(1)
+    args = parser.parse_args(argv)
+    if args.command == "crop":
+        crop(args.folder, args.out, args.rectify)
+    elif not audit(args.folder, args.alphabet):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

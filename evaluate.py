@@ -145,7 +145,6 @@ def evaluate(
     predict.read. The dict's "reads" is a list of Results, all else in it are plain types."""
     device = model.pick_device(device)
     network, content = model.load_checkpoint(checkpoint, device)
-    model.fold_norms(network)
     learnt = set(content["args"]["labels"])
     sources, texts, title = choose_images(root, split, content, learnt)
     start = time.perf_counter()
@@ -284,6 +283,7 @@ def write_report(folder, scores):
         plates.save_sheet(folder / "errors.png", pictures[:64], captions, 4)
 
 
+@data.one_sentence()
 def main(argv=None):
     parser, add = data.make_parser(__doc__)
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the one in assets)")
@@ -293,23 +293,22 @@ def main(argv=None):
     add("--json", help="write the scores here")
     add("--report", help="a folder: write report.html and its pictures there")
     predict.reading_options(add)
-    with data.one_sentence():
-        args = vars(parser.parse_args(argv))
-        table, numbers, report = (args.pop(name) for name in ("csv", "json", "report"))
-        if table:
-            data.check_output(table, ".csv")
-        if numbers:
-            data.check_output(numbers, ".json")
-        scores = evaluate(**args)
-        print(describe(scores))
-        if report:
-            write_report(report, scores)
-            print("report      ", Path(report, "report.html").resolve().as_uri())
-        if table:
-            write_table(table, scores["reads"])
-        if numbers:
-            del scores["reads"]
-            data.write_file(numbers, json.dumps(scores, indent=1).encode())
+    args = vars(parser.parse_args(argv))
+    table, numbers, report = (args.pop(name) for name in ("csv", "json", "report"))
+    if table:
+        data.check_output(table, ".csv")
+    if numbers:
+        data.check_output(numbers, ".json")
+    scores = evaluate(**args)
+    print(describe(scores))
+    if report:
+        write_report(report, scores)
+        print("report      ", Path(report, "report.html").resolve().as_uri())
+    if table:
+        write_table(table, scores["reads"])
+    if numbers:
+        del scores["reads"]
+        data.write_file(numbers, json.dumps(scores, indent=1).encode())
 
 
 if __name__ == "__main__":

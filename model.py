@@ -130,14 +130,6 @@ def build_network(model, **config):
     return network
 
 
-def fold_norms(network):
-    """Merge each batch-norm into its convolution: the same function of `network`, which must be in
-    eval mode, with less work. In place; returns it."""
-    for layer in network.cnn:
-        layer[0] = fuse_conv_bn_eval(layer[0], layer.pop(1))
-    return network
-
-
 # ---------------------------------------------------------------------------------------
 # CTC: the loss, and the probability of a string
 
@@ -265,9 +257,8 @@ def pick_precision(device):
     return "bf16" if bf16 < fp32 / 1.3 else "fp32"
 
 
-def autocast(device, precision=None):
-    """The context in which a network runs in `precision`, or in the device's fastest."""
-    precision = precision or pick_precision(device)
+def autocast(device, precision):
+    """The context in which a network runs in `precision`."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -303,9 +294,11 @@ def is_config(model, alphabet, size, rnn, bidirectional):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of train.py: (network in eval mode, all that the file holds).
+    """A checkpoint of train.py: (network ready to read, all that the file holds).
 
-    Files of strangers cannot run code. Raises OSError with one sentence."""
+    To train on, load content["model"] into build_network(**content["config"]): this network is in
+    eval mode, and its batch-norms are folded. Files of strangers cannot run code. Raises OSError
+    with one sentence."""
     broken = OSError(
         f"{path}: not a checkpoint for this model.py; is it absent, an image, or cut off?"
     )
@@ -323,4 +316,8 @@ def load_checkpoint(path, device="cpu"):
         raise broken from None
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise broken
-    return network.to(device).eval(), content
+    network.to(device).eval()
+    # each batch-norm becomes part of its convolution: the same function, with less work
+    for layer in network.cnn:
+        layer[0] = fuse_conv_bn_eval(layer[0], layer.pop(1))
+    return network, content

@@ -56,7 +56,7 @@ Read = namedtuple("Read", "plate confidence alternatives error")
 
 def load(path=READER, device=None):
     """A checkpoint of train.py as a network ready to read. Raises OSError with one sentence."""
-    return model.fold_norms(model.load_checkpoint(path, model.pick_device(device))[0])
+    return model.load_checkpoint(path, model.pick_device(device))[0]
 
 
 def plate_patterns(network, grammar=None):
@@ -88,9 +88,13 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     plates in three views. With top > 1 every image goes through the beam search."""
     size = network.config["size"]
     alphabet = network.config["alphabet"]
-    loaded = [data.attempt(data.load_image, source, size) for source in sources]
-    blank = torch.zeros(3, *size, dtype=torch.uint8)  # in place of an image that cannot be read
-    images = torch.stack([image if torch.is_tensor(image) else blank for image in loaded])
+    images = torch.zeros(len(sources), 3, *size, dtype=torch.uint8)  # black if unreadable
+    errors = {}
+    for k, source in enumerate(sources):
+        try:
+            images[k] = data.load_image(source, size)
+        except data.InputError as error:
+            errors[k] = str(error)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     shares = model.probabilities(logits, texts, alphabet)
@@ -114,8 +118,8 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         if strings:
             answers[k] = model.candidates(views[k], strings, alphabet)[:40]
     return [
-        Read(*pairs[0], pairs, "") if torch.is_tensor(image) else Read("", 0.0, [], str(image))
-        for image, pairs in zip(loaded, answers)
+        Read("", 0.0, [], errors[k]) if k in errors else Read(*pairs[0], pairs, "")
+        for k, pairs in enumerate(answers)
     ]
 
 
@@ -199,29 +203,25 @@ def find_images(arguments):
 
 def explain(network, paths, out, precision=None, grammar=None):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and the likeliest strings in this one
-    view."""
+    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
-    alphabet = network.config["alphabet"]
     image = data.load_image(paths[0], network.config["size"])
-    logits = model.predict_logits(network, image[None], precision)  # (T, 1, C)
+    logits = model.predict_logits(network, image[None])  # (T, 1, C)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     greys = torch.where(classes == model.BLANK, 210, 70)
-    bars = greys.where(torch.arange(130, 0, -1).view(-1, 1) <= 130 * shares, 255)  # (130, T)
+    bars = greys.where(torch.linspace(1, 0, 130).view(-1, 1) <= shares, 255)  # (130, T)
     # each time step stands below the columns it comes from: (3, 130, width)
     bars = bars.to(torch.uint8).repeat_interleave(28, 1).expand(3, -1, -1)
     width = bars.shape[2]
-    names = f"-{alphabet}"
+    names = "-" + network.config["alphabet"]
     line = "".join(names[k] for k in classes)
     height = width * image.shape[1] // image.shape[2]
     rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
-    patterns = plate_patterns(network, grammar)
-    strings = model.beam_search(logits[:, 0].log_softmax(1), alphabet, patterns)
-    strings = strings or model.greedy_decode(logits, alphabet)
-    for text, probability in model.candidates(logits, strings, alphabet)[:4]:
-        rows.append(plates.text_picture(f"{text} {probability:.4f}", (32, width)))
+    (result,) = read(network, paths[0], precision, grammar, top=4)
+    for text, confidence in result.alternatives:
+        rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
     to_pil_image(torch.cat(rows, 1)).save(out)
 
 
@@ -265,6 +265,7 @@ def keep(path, result, folder, number, above):
     shutil.copyfile(path, f"{folder}/{number:06}-{result.plate}{mark}{Path(path).suffix}")
 
 
+@data.one_sentence()
 def main(argv=None):
     parser, add = data.make_parser(__doc__)
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
@@ -274,37 +275,36 @@ def main(argv=None):
     add("--explain", help="a .png: draw what CTC sees in the first image")
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
-    with data.one_sentence():
-        args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-        is_named = args.paths and args.paths[0].endswith(".pth")
-        checkpoint = args.paths.pop(0) if is_named else READER
-        paths = list(find_images(args.paths))
-        if args.export:
-            export(load(checkpoint, "cpu"), args.export)
-            if not paths:
-                return
+    args = parser.parse_intermixed_args(argv)  # options may stand between the paths
+    is_named = args.paths and args.paths[0].endswith(".pth")
+    checkpoint = args.paths.pop(0) if is_named else READER
+    paths = list(find_images(args.paths))
+    if args.export:
+        export(load(checkpoint, "cpu"), args.export)
         if not paths:
-            raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
-        if args.label and os.path.lexists(args.label):
-            raise data.InputError(f"{args.label}: is there already; name a new folder")
-        network = load(checkpoint, args.device)
-        if args.explain:
-            explain(network, paths, args.explain, args.precision, args.grammar)
-        good = 0
-        reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
-        for path, result in zip(paths, reads):
-            if result.error:
-                print(f"error: {result.error}", file=sys.stderr)
-                continue
-            good += 1
-            cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
-            print(data.printable(path), *cells, sep="\t")
-            if args.label:
-                keep(path, result, args.label, good, args.above)
-        failures = len(paths) - good
-        print(f"{good:,} read, {failures:,} unreadable", file=sys.stderr)
-        if failures:
-            sys.exit(1)
+            return
+    if not paths:
+        raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
+    if args.label and os.path.lexists(args.label):
+        raise data.InputError(f"{args.label}: is there already; name a new folder")
+    network = load(checkpoint, args.device)
+    if args.explain:
+        explain(network, paths, args.explain, args.precision, args.grammar)
+    good = 0
+    reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
+    for path, result in zip(paths, reads):
+        if result.error:
+            print("error:", data.printable(result.error), file=sys.stderr)
+            continue
+        good += 1
+        cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
+        print(data.printable(path), *cells, sep="\t")
+        if args.label:
+            keep(path, result, args.label, good, args.above)
+    failures = len(paths) - good
+    print(f"{good:,} read, {failures:,} unreadable", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

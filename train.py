@@ -175,7 +175,6 @@ def train(args):
     """The whole run. Raises data.InputError or OSError with one sentence the user can act on."""
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
-    start = time.perf_counter()
     device = model.pick_device(args.device)
     precision = args.precision or model.pick_precision(device)
     rank = int(os.getenv("RANK", 0))
@@ -192,11 +191,11 @@ def train(args):
     # 2) the network
     data.seed_all(args.seed)
     learnt = set()
+    network = model.build_network(**network_config(args))
     if args.init:
-        network, content = model.load_checkpoint(args.init)
+        content = model.load_checkpoint(args.init)[1]
+        network.load_state_dict(content["model"])
         learnt.update(content["args"]["labels"])
-    else:
-        network = model.build_network(**network_config(args))
     network.to(device)
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
@@ -258,27 +257,19 @@ def train(args):
     parts = (network, ema, optimizer, scaler)
 
     # 5) resume
-    epoch = done = 0  # whole epochs, steps
-    best = [math.inf]
-    best_weights = {}
-    history = []
+    content = {"config": network.config, "history": [], "best": [math.inf]}  # see model.py
     if args.resume and os.path.exists(args.out):
         content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         if changed - MAY_CHANGE or "resume" not in content:
             flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
             raise data.InputError(f"{args.out}: is not this run ({flags}); drop --resume")
-        for part, state in zip(parts, content["resume"]):
+        for part, state in zip(parts, content.pop("resume")):
             part.load_state_dict(state)
-        history = content["history"]
-        best = content["best"]
-        best_weights = content["model"]
-        epoch = len(history)
-        done = epoch * steps
-        start -= 60 * history[-1]["minutes"]
-        print(f"resumed after epoch {epoch}")
+        print(f"resumed after epoch {len(content['history'])}")
+    content["args"] = vars(args)
 
-    while epoch < args.epochs:
+    for epoch in range(len(content["history"]), args.epochs):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         if labelled:
@@ -286,6 +277,7 @@ def train(args):
         losses = []
         epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
+            done = epoch * steps + step
             # 6) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
             # follows from its place in the run.
             data.seed_all(args.seed, epoch, step, rank)
@@ -311,7 +303,7 @@ def train(args):
             loss = model.ctc_loss(logits + prior, labels, args.alphabet)
 
             # 8) backward and step
-            optimizer.param_groups[0]["lr"] = learning_rate(done, steps * args.epochs, args)
+            optimizer.param_groups[0]["lr"] = learning_rate(done - 1, steps * args.epochs, args)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -319,7 +311,6 @@ def train(args):
             torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
             scaler.step(optimizer)
             scaler.update()
-            done += 1
             ema.update_parameters(network)
 
             # 9) log. A number is asked for only here: a GPU goes on meanwhile.
@@ -340,54 +331,45 @@ def train(args):
                     print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
 
         # 10) validate the averaged weights, and keep the best: the first process does
-        epoch += 1
         if rank > 0:
             continue  # to the first step of the next epoch, which waits for the first process
         row = {
-            "epoch": epoch,
+            "epoch": epoch + 1,
             "images": done * args.batch_size * world_size,
-            "minutes": (time.perf_counter() - start) / 60,
+            "minutes": (time.perf_counter() - epoch_start) / 60,
             "loss": torch.stack(losses).nanmean().item(),
         }
         score = [-epoch]  # without a validation set the last weights are the best
         if validation:
             row |= validate(ema.module.eval(), validation, precision)
             score = [row["levenshtein"], row["val_loss"]]
-        history.append(row)
-        is_best = score <= best
+        content["history"].append(row)
+        is_best = score <= content["best"]
         if is_best:
-            best = score
-            best_weights = copy.deepcopy(ema.module.state_dict())
+            content["best"] = score
+            content["model"] = copy.deepcopy(ema.module.state_dict())
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
         print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
-        content = {
-            "model": best_weights,
-            "config": network.config,
-            "args": vars(args),
-            "history": history,
-            "best": best,
-        }
-        if epoch < args.epochs:
-            content["resume"] = [part.state_dict() for part in parts]
+        rest = {"resume": [part.state_dict() for part in parts]} if epoch + 1 < args.epochs else {}
 
         # 11) save all of it in one file; that of an earlier run is kept
-        if epoch == 1 and os.path.exists(args.out):
+        if epoch == 0 and os.path.exists(args.out):
             earlier = f"{args.out}.bak"
             while os.path.lexists(earlier):
                 earlier += ".bak"
             os.replace(args.out, earlier)
             print(f"{args.out}: that of an earlier run is now {earlier}")
         file = io.BytesIO()
-        torch.save(content, file)
+        torch.save(content | rest, file)
         data.write_file(args.out, file.getvalue())
     print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
     if world_size > 1:
         dist.destroy_process_group()
 
 
+@data.one_sentence()
 def main(argv=None):
-    with data.one_sentence():
-        train(parse_arguments(argv))
+    train(parse_arguments(argv))
 
 
 if __name__ == "__main__":
