@@ -139,7 +139,7 @@ def choose_images(root, split, content, learnt):
 def evaluate(
     checkpoint, root=None, split="test", device=None, precision=None, grammar=None, adapt=False
 ):
-    """All scores of one checkpoint on one split, as a dict. Raises data.InputError or OSError.
+    """All scores of one checkpoint on one split, as a dict. Raises OSError.
 
     root: a data set; without it the one the checkpoint learnt from, or drawn plates. The rest: see
     predict.read. The dict's "reads" is a list of Results, all else in it are plain types."""

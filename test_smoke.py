@@ -349,7 +349,7 @@ class TestCommands:
         assert head == "filename,true,pred,confidence,same" and 0.4 < score < 1
         _, trues, reads, confidences, _ = zip(*(row.split(",") for row in rows))
         assert score == near(sum(map(str.__eq__, trues, reads)) / 54, abs=1e-4)
-        assert sum(map(float, confidences)) == near(46.023, abs=5e-3)  # as measured
+        assert sum(map(float, confidences)) == near(46.354, abs=5e-3)  # as measured
         paths = sorted(Path("plates/train").iterdir())
         lines = [f"{path}\t{plate}\t" for path, plate in zip(paths, reads)]
         run("predict ckpt.pth plates/train --precision fp32", "; ".join(lines))
@@ -451,7 +451,7 @@ class TestCommands:
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
         row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
         # of a network that hardly learns; in the loss is dropout, which varies with torch's version
-        assert row["val_loss"] == near(0.0534, abs=1e-3) and row["loss"] == near(0.198, abs=0.01)
+        assert row["val_loss"] == near(0.0399, abs=1e-3) and row["loss"] == near(0.166, abs=0.01)
         assert row["images"] == 280 and row["minutes"] < 5
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")

@@ -11,8 +11,8 @@ All of a run is in one file, ckpt.pth: the best weights, the arguments, the hist
 the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 
 Of the options that stand in RECIPES: --warmup is in steps, then the learning rate falls to 0 with
---decay; --clip is the max gradient norm; --average the steps of the EMA of the weights; --prior
-discounts how often each province occurs among the crops.
+--decay; --clip is the max gradient norm; --prior discounts how often each province occurs among
+the crops.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from torch.optim.swa_utils import AveragedModel
 
 import data
 import evaluate
@@ -48,7 +47,6 @@ SMALL = {
     "warmup": 300,  # steps
     "decay": True,  # the learning rate falls to 0
     "clip": 5.0,  # max gradient norm
-    "average": 500,  # steps of the EMA of the weights
     "prior": True,  # see province_prior
     "synthetic": None,  # by the number of crops, see synthetic_share
     "augment": True,
@@ -65,7 +63,6 @@ NOTEBOOK = {
     "warmup": 0,
     "decay": False,
     "clip": math.inf,
-    "average": 1,
     "prior": False,
     "synthetic": 0.0,
     "augment": False,
@@ -172,7 +169,7 @@ def validate(network, validation, precision):
 
 
 def train(args):
-    """The whole run. Raises data.InputError or OSError with one sentence the user can act on."""
+    """The whole run. Raises OSError with one sentence the user can act on."""
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
     device = model.pick_device(args.device)
@@ -237,7 +234,7 @@ def train(args):
         if num_drawn:
             validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
 
-    # 4) the optimizer, and the averaged weights
+    # 4) the optimizer
     optimizer = getattr(torch.optim, args.optimizer)(
         network.parameters(),
         weight_decay=args.weight_decay,
@@ -247,14 +244,7 @@ def train(args):
     # float16 loses small gradients, so the scaler enlarges the loss. In all precisions it skips
     # the steps with non-finite gradients, on the device, which need not be waited for.
     scaler = torch.amp.GradScaler(device.type)
-
-    def move(averaged, current, _):
-        # the first weights are far off, so the average first forgets them fast
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, max(1 / args.average, 9 / (9 + done)))
-
-    ema = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
-    parts = (network, ema, optimizer, scaler)
+    parts = (network, optimizer, scaler)
 
     # 5) resume
     content = {"config": network.config, "history": [], "best": [math.inf]}  # see model.py
@@ -311,7 +301,6 @@ def train(args):
             torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
             scaler.step(optimizer)
             scaler.update()
-            ema.update_parameters(network)
 
             # 9) log. A number is asked for only here: a GPU goes on meanwhile.
             losses.append(loss.detach())
@@ -330,7 +319,7 @@ def train(args):
                 if 0.9 < scores["cer"] <= 1:
                     print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
 
-        # 10) validate the averaged weights, and keep the best: the first process does
+        # 10) validate, and keep the best weights: the first process does
         if rank > 0:
             continue  # to the first step of the next epoch, which waits for the first process
         row = {
@@ -341,13 +330,13 @@ def train(args):
         }
         score = [-epoch]  # without a validation set the last weights are the best
         if validation:
-            row |= validate(ema.module.eval(), validation, precision)
+            row |= validate(network.eval(), validation, precision)
             score = [row["levenshtein"], row["val_loss"]]
         content["history"].append(row)
         is_best = score <= content["best"]
         if is_best:
             content["best"] = score
-            content["model"] = copy.deepcopy(ema.module.state_dict())
+            content["model"] = copy.deepcopy(network.state_dict())
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
         print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
         rest = {"resume": [part.state_dict() for part in parts]} if epoch + 1 < args.epochs else {}
