@@ -347,8 +347,6 @@ def seed_all(*counters):
 # A random number in [0, 1] to the power of 2, 3 or more is mostly near 0: so most pictures are
 # a little worse than perfect, and a few are very bad.
 
-CROP_STRENGTH = 0.5  # for real crops, which went through one camera already
-
 
 def lying_on(device):
     """The context in which new tensors lie on `device`. On a CPU they do without it, and faster."""
@@ -360,7 +358,7 @@ def pair(x, y):
     return linspace(x, y, 2).view(2, 1)
 
 
-def warp(images, size, strength, extent):
+def warp(images, size, extent):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
     The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so.
@@ -368,33 +366,33 @@ def warp(images, size, strength, extent):
     is the inverse of what happens: from the picture back to the plate, both [-1, 1] both ways."""
     count = len(images)
     # in the photograph x is x + slant * y, and y is y + slant * x
-    slant = strength * pair(0.06, 0.4) * randn(count, 2, 1)
+    slant = pair(0.06, 0.4) * randn(count, 2, 1)
     eye = torch.eye(2)
     turn = eye - slant * eye.flip(0)  # (B, 2, 2)
     box = turn * (1 + slant.abs()).mT  # it grows with both
     # the box is from 8% wider and 14% higher than the plate to 17% narrower and 32% lower
     tight = rand(count, 2, 1) ** pair(2, 1)
-    zoom = 1 + strength * (pair(0.27, 0.60) * tight - pair(0.07, 0.12))
-    move = 0.04 * strength * randn(count, 2, 1)
+    zoom = pair(0.93, 0.88) + pair(0.27, 0.60) * tight
+    move = 0.04 * randn(count, 2, 1)
     view = pair(*extent) * torch.cat((box / zoom, move), 2)  # (B, 2, 3)
     grid = F.affine_grid(view, (count, 3, *size), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def relight(images, strength):
+def relight(images):
     """The light: its strength and colour, unevenness, and glare."""
     count = len(images)
     # a smooth field, which burns out where it is brightest
     light = resize(randn(count, 1, 2, 3), images.shape[2:], antialias=False)
     exposure = 0.45 * randn(count, 1, 1, 1) + 0.25 * randn(count, 3, 1, 1) + 0.3 * light
     glare = (0.5 * light - 0.5).clamp(min=0)
-    return (images * (strength * exposure).exp() + strength * glare).clamp(0, 1)
+    return (images * exposure.exp() + glare).clamp(0, 1)
 
 
-def blur(images, strength):
+def blur(images):
     """The lens, one for all images: out of focus, moved along a line while it was open, and
     sharpened in the camera."""
-    pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
+    pixels = images.shape[2] / 32  # the lengths are for a picture of 32 rows
     across = 0.15 + pixels * 2 * random.random() ** 4
     along = across + pixels * 4 * random.random() ** 4
     angle = random.uniform(0, math.pi)
@@ -409,35 +407,34 @@ def blur(images, strength):
     blurred = F.conv2d(padded, kernel.expand(3, 1, -1, -1), groups=3)
     # what differs from the surroundings is sharpened, which leaves a halo
     halo = images - F.avg_pool2d(images, 5, 1, 2, count_include_pad=False)
-    return blurred + 1.4 * strength * random.random() ** 2 * halo
+    return blurred + 1.4 * random.random() ** 2 * halo
 
 
-def photograph(images, size, strength, extent):
+def photograph(images, size, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
     # each side has fewer pixels by itself; then the network's input size is an enlargement
-    sensor = [round(side * (1 - 0.6 * strength * random.random() ** 2)) for side in size]
-    images = warp(images, size, strength, extent)
-    images = blur(relight(images, strength), strength)
+    sensor = [round(side * (1 - 0.6 * random.random() ** 2)) for side in size]
+    images = warp(images, size, extent)
+    images = blur(relight(images))
     images = resize(images, sensor)
-    noise = 0.05 * strength * rand(len(images), 1, 1, 1) ** 3
+    noise = 0.05 * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
-    if random.random() < 0.6 * strength:
+    if random.random() < 0.6:
         quality = random.randint(35, 95)
         pixels = images.to("cpu", torch.uint8)  # the encoder is a CPU's
         images = jpeg(pixels, quality).to(images.device, torch.float32, non_blocking=True)
     return resize(images, size, antialias=False).round().to(torch.uint8)
 
 
-def camera(images, size, strength=1.0, extent=(1.0, 1.0)):
+def camera(images, size, extent=(1.0, 1.0)):
     """Photograph `images`: (B, 3, h, w), uint8 or float32 in [0, 1], to uint8 (B, 3, *size).
 
-    strength: 1 for drawn plates, CROP_STRENGTH for crops. extent: the share of the picture's
-    width and height that the plate takes."""
+    extent: the share of the picture's width and height that the plate takes."""
     images = to_dtype(images, scale=True)
     # images that share a lens: few fit into a CPU's cache, many fill a GPU
     handfuls = images.split(16 if images.device.type == "cpu" else 64)
     with lying_on(images.device):
-        return torch.cat([photograph(some, size, strength, extent) for some in handfuls])
+        return torch.cat([photograph(some, size, extent) for some in handfuls])
 
 
 # ---------------------------------------------------------------------------------------

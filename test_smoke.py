@@ -49,7 +49,7 @@ MISFITS = [("fc.bias", torch.full((66,), np.inf)), ("fc.bias", torch.zeros(1).ex
 MISFITS += [("fc.bias", torch.zeros(3)), ("other.bias", torch.zeros(3)), ("rnn", "rnn")]
 MISFITS += [("size", [32, 400_000]), ("alphabet", list(ALPHABET)), ("model", "large"), ("x", 1)]
 # mean, deviation, difference of rows and of columns: of drawn plates, and photographed again
-GOLDEN = (116.835, 79.614, 15.847, 12.839, 114.938, 75.030, 9.516, 8.122)
+GOLDEN = (116.835, 79.614, 15.847, 12.839, 113.702, 80.280, 8.305, 6.988)
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
 not a checkpoint: predict absent.pth crop.jpg | no readable path: predict a.jfif
@@ -177,7 +177,7 @@ class TestParts:
     def test_a_seed_draws_the_same_plates_on_every_machine(self):
         """Or scores on drawn plates could not be compared. A change of the recipe changes these."""
         images, texts = plates.fixed_plates(200, "golden", SIZE)
-        crops = data.camera(images, SIZE, data.CROP_STRENGTH)
+        crops = data.camera(images, SIZE)
         assert torch.equal(plates.fixed_plates(70, "golden", SIZE)[0][:64], images[:64])
         assert all(model.is_plate(text, PATTERNS) for text in texts) and texts[0] == "陕TH0G70"
         assert {text[0] for text in texts} == set(data.PROVINCES) and {*map(len, texts)} == {7, 8}
@@ -185,8 +185,6 @@ class TestParts:
             some = some.float()
             steps = [some.diff(dim=side).abs().mean().item() for side in (2, 3)]
             assert [some.mean().item(), some.std().item(), *steps] == near(golden, abs=0.01)
-        ramp = torch.arange(128.0).expand(1, 3, *SIZE).to(torch.uint8)
-        assert abs(data.camera(ramp, SIZE, 0.0).float() - ramp).max() <= 3
         assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
         texts = plates.draw_plates(200, SIZE, plates.PRACTICE)[1]
         assert 70 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 130
@@ -198,7 +196,7 @@ class TestParts:
         with torch._subclasses.FakeTensorMode() as mode:  # a GPU without content
             watch(plates, "load_glyphs", [mode.from_tensor(glyphs).cuda()])
             images, _ = plates.draw_plates(70, SIZE, 0.5, "cuda")
-            assert data.camera(images, SIZE, data.CROP_STRENGTH).device.type == "cuda"
+            assert data.camera(images, SIZE).device.type == "cuda"
 
     @cases("patterns", [(), (("ab", "a"), ("abc", "bc", "ab"))])
     @cases("seed", range(10))
@@ -441,7 +439,7 @@ class TestCommands:
         assert groups[0]["weight_decay"] == 0.5 and rates[-1] < 1e-10
         assert max(rates) == near(1e-9, rel=0.1) and rates.index(max(rates)) == 2
         assert sorted(rates[2:], reverse=True) == rates[2:]
-        crops = [call for call in camera.call_args_list if call.args[2:] == (data.CROP_STRENGTH,)]
+        crops = [call for call in camera.call_args_list if len(call.args) == 2]
         assert [len(call.args[0]) for call in crops] == 14 * [6]
         assert [call.args[0] for call in draw.call_args_list].count(14) == 14
         prior = train.province_prior(*prior.call_args.args)  # crops alone get it
@@ -451,7 +449,7 @@ class TestCommands:
         assert shift == near(1, abs=0.4) and prior.abs().max() > 1
         row = torch.load("ckpt.pth", weights_only=True)["history"][-1]
         # of a network that hardly learns; in the loss is dropout, which varies with torch's version
-        assert row["val_loss"] == near(0.0399, abs=1e-3) and row["loss"] == near(0.166, abs=0.01)
+        assert row["val_loss"] == near(0.0362, abs=1e-3) and row["loss"] == near(0.295, abs=0.01)
         assert row["images"] == 280 and row["minutes"] < 5
         camera.reset_mock()
         run(f"{TUNE} --synthetic 0 --no-augment", "on 4; 0% of the images drawn")

@@ -279,7 +279,7 @@ def train(args):
                 chosen = order[places % len(order)]
                 batch = crops[chosen].to(device, non_blocking=True)
                 if args.augment:
-                    batch = data.camera(batch, args.size, data.CROP_STRENGTH)
+                    batch = data.camera(batch, args.size)
                 images.append(batch)
                 labels += [texts[k] for k in chosen]
             if num_drawn:

@@ -186,7 +186,7 @@ def draw_plates(count, size, practice=0.0, device="cpu"):
             texts = [random_text(x.patterns, practice) for x in types if x == plate_type]
             all_texts += texts
             canvases.append(paint(plate_type, texts, glyphs))
-        return data.camera(torch.cat(canvases), size, extent=EXTENT), all_texts
+        return data.camera(torch.cat(canvases), size, EXTENT), all_texts
 
 
 def fixed_plates(count, seed, size):
@@ -237,7 +237,7 @@ def show(out, folder=None, augmented=False):
     else:
         images, texts = fixed_plates(24, "show", size)
     if augmented:
-        images = data.camera(images, size, data.CROP_STRENGTH)
+        images = data.camera(images, size)
     save_sheet(out, images, texts, 4)
     print(f"{out}: {len(texts)} labelled samples")
 
