@@ -186,6 +186,15 @@ class TestParts:
             steps = [some.diff(dim=side).abs().mean().item() for side in (2, 3)]
             assert [some.mean().item(), some.std().item(), *steps] == near(golden, abs=0.01)
         assert plates.load_glyphs(40).amax((2, 3)).amin() > 0.6  # each character in full ink
+        # without tilt, noise, glare, blur and JPEG, and with a box that fits, nothing changes
+        neutral = torch.tensor([[(0.07 / 0.27) ** 0.5], [0.2]])  # of warp's zoom
+        watch(data, "randn", lambda *shape: torch.zeros(*shape))
+        watch(data, "rand", lambda *shape: neutral if len(shape) == 3 else torch.zeros(*shape))
+        watch(data, "jpeg", lambda images, quality: images)
+        watch(data.random, "random", lambda: 0.0)
+        ramp = torch.arange(128.0).expand(1, 3, *SIZE).to(torch.uint8)
+        assert abs(data.camera(ramp, SIZE).float() - ramp).max() <= 3
+        mock.patch.stopall()
         texts = plates.draw_plates(200, SIZE, plates.PRACTICE)[1]
         assert 70 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 130
 

@@ -31,10 +31,10 @@ CHARACTER_HEIGHT = 90
 
 # Blue plates are 440 mm wide and green ones 480, of which we draw 440 too, 11/12 as wide: the
 # camera makes one size of all plates anyway.
-RIM = 20  # so much of the car is drawn around every plate
-WIDTH = 480  # of the drawing: the plate's 440 and two rims
-HEIGHT = 180  # the plate's 140 and two rims
-EXTENT = (440 / WIDTH, 140 / HEIGHT)
+WIDTH = 440
+HEIGHT = 140
+RIM = 20  # so much of the car is drawn around every plate; the 480 of a green one is by chance
+EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
 BRIGHT = (0.75, 1.0)
 DARK = (0.0, 0.2)
 
@@ -118,7 +118,7 @@ def stamp(plate, mask, x, y, colour, mm):
 
 def draw_surroundings(count, mm):
     """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
-    size = (round(HEIGHT * mm), round(WIDTH * mm))
+    size = (round((HEIGHT + 2 * RIM) * mm), round((WIDTH + 2 * RIM) * mm))
     mode = random.choice(["bilinear", "nearest"])
     blotches = F.interpolate(rand(count, 1, 2, 14) - 0.5, size, mode=mode)
     colour = per_image(count) - 0.25 + 0.5 * per_image(count, 3)
