@@ -11,7 +11,6 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
-import io
 import itertools
 import math
 import os
@@ -50,9 +49,12 @@ SEVEN = tuple(
     for last in itertools.product((DIGITS, LETTERS), repeat=5)
     if last.count(LETTERS) <= 2
 )
-EIGHT = tuple((PROVINCES, LETTERS, FUELS, x) + 4 * (DIGITS,) for x in (DIGITS, LETTERS))
-EIGHT_LARGE = ((PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),)
-PATTERNS = SEVEN + EIGHT + EIGHT_LARGE
+EIGHT = (
+    (PROVINCES, LETTERS, FUELS, DIGITS) + 4 * (DIGITS,),
+    (PROVINCES, LETTERS, FUELS, LETTERS) + 4 * (DIGITS,),
+    (PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),  # lorries and buses
+)
+PATTERNS = SEVEN + EIGHT
 
 
 def normalise(text):
@@ -86,10 +88,6 @@ def between(kind, low, high):
     return parse
 
 
-class InputError(OSError):
-    """A mistake in what the user gave. Its one sentence names the file and the cure."""
-
-
 def printable(path):
     """A path for one line of a terminal: control characters are escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
@@ -104,8 +102,8 @@ def warn(why, paths):
 
 @contextlib.contextmanager
 def one_sentence():
-    """Every script runs in this. What the user can mend becomes one sentence on stderr; a fault
-    of the program shows its traceback."""
+    """Every script runs in this. What the user can mend is an OSError, as Python's own for files
+    are, and becomes one sentence on stderr; a fault of the program shows its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has no such method, and no need of it
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -116,29 +114,27 @@ def one_sentence():
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def check_output(path, suffix, inputs=()):
-    """Raise InputError, before any work is done, unless a file `path` can be written.
+    """Raise OSError, before any work is done, unless a file `path` can be written.
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
     path = Path(path).resolve()
     is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
-    if not is_file or path in [Path(source).resolve() for source in inputs]:
-        raise InputError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
+    if not is_file or path in map(Path.resolve, map(Path, inputs)):
+        raise OSError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
 def write_file(path, content):
-    """Write bytes to a file: the whole of them, or the old file stays. Raises InputError."""
+    """Write bytes to a file: the whole of them, or the old file stays. Raises OSError."""
     partial = Path(f"{path}.part")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space?") from None
+        raise OSError(f"{path}: cannot be written ({error.strerror}); free space?") from None
 
 
 def make_parser(text):
@@ -193,12 +189,18 @@ def parse_label(path, alphabet=ALPHABET):
 def list_images(folder):
     """All images below `folder`, sorted: the files with a suffix of an image that Pillow reads.
 
-    Links to folders are not followed. stderr counts the files passed over."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; give one with images inside")
+    Links to folders are not followed. stderr counts the files passed over. Raises OSError for a
+    folder that cannot be read, which os.walk by itself passes over."""
+
+    def fail(error):
+        raise error
+
     known = Image.registered_extensions()
     paths = sorted(
-        Path(root, name) for root, _, names in os.walk(folder) for name in names if name[0] != "."
+        Path(root, name)
+        for root, _, names in os.walk(folder, onerror=fail)
+        for name in names
+        if name[0] != "."
     )
     images = [path for path in paths if path.suffix.lower() in known]
     warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
@@ -207,11 +209,11 @@ def list_images(folder):
 
 def split_folder(root, split):
     """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    folders = {entry.name.lower(): Path(entry) for entry in os.scandir(root) if entry.is_dir()}
+    folders = {path.name.lower(): path for path in Path(root).iterdir()}
     if not {"train", "test"} & set(folders):
         return Path(root)
     if split not in folders:
-        raise InputError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
+        raise OSError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
     return folders[split]
 
 
@@ -226,10 +228,10 @@ def label_images(folder, alphabet):
 
 
 def find_crops(folder, alphabet=ALPHABET):
-    """The labelled crops among label_images: [(path, text), ...]. Raises InputError for none."""
+    """The labelled crops among label_images: [(path, text), ...]. Raises OSError for none."""
     crops = [(path, text) for path, text, _ in label_images(folder, alphabet) if text]
     if not crops:
-        raise InputError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
+        raise OSError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
     return crops
 
 
@@ -237,7 +239,7 @@ def hash_label(text):
     """A number below 2**32, the same in all processes.
 
     Labels mix up O and 0, I and 1: these count as equal."""
-    return zlib.crc32(text.upper().translate(REPAIR).encode())
+    return zlib.crc32(text.translate(REPAIR).encode())
 
 
 def is_held_out(text, share):
@@ -250,25 +252,17 @@ def is_held_out(text, share):
 # ---------------------------------------------------------------------------------------
 # Images
 
-# what Pillow raises for broken files and odd arrays; anything else is a fault of ours
-PILLOW_ERRORS = (
-    *(OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError),
-    *(RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-
 
 def open_image(source):
-    """One image as an upright RGB Pillow image. Raises InputError.
+    """One image as an upright RGB Pillow image. Raises OSError.
 
-    source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An
-    array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
+    source: a path, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An array is RGB; OpenCV's
+    are BGR, so give array[:, :, ::-1]."""
     try:
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source)
         elif isinstance(source, Image.Image):
             image = source
-        elif isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
         elif os.path.isfile(source):  # to open a pipe would wait for ever
             image = Image.open(source)
         else:
@@ -277,11 +271,25 @@ def open_image(source):
         if image.mode[0] in "IF":  # convert() would clip it to white, and nobody knows its scale
             raise ValueError("16 or 32 bits a pixel; save it with 8")
         return image.convert("RGB")
-    except PILLOW_ERRORS as error:
+    except (
+        # what Pillow raises for broken files and odd arrays; anything else is a fault of ours
+        OSError,
+        ValueError,
+        TypeError,
+        SyntaxError,
+        EOFError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         is_path = isinstance(source, (str, os.PathLike))
         name = source if is_path else type(source).__name__
-        what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
-        raise InputError(f"{name}: {what} ({printable(error)[:100]})") from None
+        what = "no readable path, Pillow image or uint8 array (H, W, 3)"
+        raise OSError(f"{name}: {what} ({printable(error)[:100]})") from None
 
 
 def load_image(source, size):
@@ -291,7 +299,7 @@ def load_image(source, size):
 
 def in_threads(function, items, *options):
     """Yield in order what the function returns for each item and the options. Where it raises
-    InputError it yields nothing, and stderr names these in the end.
+    OSError it yields nothing, and stderr names these in the end.
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
@@ -304,7 +312,7 @@ def in_threads(function, items, *options):
             while waiting:
                 try:
                     yield waiting.popleft().result()
-                except InputError as error:
+                except OSError as error:
                     errors.append(error)
                 waiting.extend(itertools.islice(futures, 1))
     finally:
@@ -315,12 +323,12 @@ def in_threads(function, items, *options):
 def load_crops(crops, size):
     """All crops that can be read, decoded once: (uint8 (N, 3, *size), their N texts).
 
-    crops: [(path, text), ...]. stderr names those that cannot be read. Raises InputError if none
+    crops: [(path, text), ...]. stderr names those that cannot be read. Raises OSError if none
     can."""
     shape = (len(crops), 3, *size)
     disk = tempfile.gettempdir()
     if shutil.disk_usage(disk).free < math.prod(shape):
-        raise InputError(f"{disk}: too small for the crops; set TMPDIR to a folder with more space")
+        raise OSError(f"{disk}: too small for the crops; set TMPDIR to a folder with more space")
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
@@ -330,7 +338,7 @@ def load_crops(crops, size):
         images[len(texts)] = image
         texts.append(text)
     if not texts:
-        raise InputError(f"{crops[0][0]}: no crop there can be read; check the files")
+        raise OSError(f"{crops[0][0]}: no crop there can be read; check the files")
     return torch.from_numpy(images)[: len(texts)], texts
 
 
@@ -419,10 +427,8 @@ def photograph(images, size, extent):
     images = resize(images, sensor)
     noise = 0.05 * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
-    if random.random() < 0.6:
-        quality = random.randint(35, 95)
-        pixels = images.to("cpu", torch.uint8)  # the encoder is a CPU's
-        images = jpeg(pixels, quality).to(images.device, torch.float32, non_blocking=True)
+    pixels = jpeg(images.to("cpu", torch.uint8), random.randint(35, 95))  # the encoder is a CPU's
+    images = pixels.to(images.device, torch.float32, non_blocking=True)
     return resize(images, size, antialias=False).round().to(torch.uint8)
 
 
@@ -431,10 +437,9 @@ def camera(images, size, extent=(1.0, 1.0)):
 
     extent: the share of the picture's width and height that the plate takes."""
     images = to_dtype(images, scale=True)
-    # images that share a lens: few fit into a CPU's cache, many fill a GPU
-    handfuls = images.split(16 if images.device.type == "cpu" else 64)
     with lying_on(images.device):
-        return torch.cat([photograph(some, size, extent) for some in handfuls])
+        # images that share a lens: so few fit into a CPU's cache
+        return torch.cat([photograph(some, size, extent) for some in images.split(16)])
 
 
 # ---------------------------------------------------------------------------------------
@@ -471,7 +476,7 @@ CCPD_TABLES = [CCPD_PROVINCES, LETTERS + "O"] + 6 * [LETTERS + DIGITS + "O"]  # 
 
 
 def cut_frame(path, frames, out, rectify):
-    """Cut the plate out of one photograph, to `out` as it stands below `frames`. Raises InputError.
+    """Cut the plate out of one photograph, to `out` as it stands below `frames`. Raises OSError.
 
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
@@ -482,11 +487,11 @@ def cut_frame(path, frames, out, rectify):
         quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
     except (ValueError, IndexError):
-        raise InputError(f"{path}: its name is not that of a CCPD photograph") from None
+        raise OSError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
     is_inside = left < right <= image.width and top < bottom <= image.height
     if not (PLATE.fullmatch(plate) and is_inside):
-        raise InputError(f"{path}: the plate in its name is none, or outside the photograph")
+        raise OSError(f"{path}: the plate in its name is none, or outside the photograph")
     plate_image = image.crop(box)
     if rectify:
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
@@ -495,7 +500,7 @@ def cut_frame(path, frames, out, rectify):
     plate_image.save(target, quality=95)
 
 
-def crop(frames, out, rectify=False):
+def crop(frames, out, rectify):
     """Cut the plates out of all CCPD photographs below `frames`, to out/.../FRAME-PLATE.jpg.
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""

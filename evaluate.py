@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import time
 from collections import Counter, namedtuple
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -115,25 +114,19 @@ Result = namedtuple("Result", "name true pred confidence source")
 
 
 def choose_images(root, split, content, learnt):
-    """What to score: (sources, true strings, what they are). content: that of the checkpoint;
-    learnt: the hashes of the labels it learnt."""
+    """What to score: ([(source, true string), ...], what they are). content: that of the
+    checkpoint; learnt: the hashes of the labels it learnt."""
     config = content["config"]
     learnt_from = content["args"]["data"]
     if not (root or learnt_from):
         images, texts = plates.fixed_plates(*plates.TEST, config["size"])
-        return list(images.permute(0, 2, 3, 1).numpy()), texts, "drawn plates"
+        return list(zip(images.permute(0, 2, 3, 1).numpy(), texts)), "drawn plates"
     folder = data.split_folder(root or learnt_from, split)
     crops = data.find_crops(folder, config["alphabet"])
-    title = f"images of {folder}"
-    if split != "train" and learnt_from and os.path.isdir(learnt_from):
-        learnt_folder = data.split_folder(learnt_from, "train").resolve()
-        if folder.resolve().is_relative_to(learnt_folder):
-            crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
-            title += " that training held out"
-            if not crops:
-                cure = "the network learnt from all of it; add a test folder"
-                raise data.InputError(f"{folder}: {cure}")
-    return *zip(*crops), title
+    if split == "train" or str(folder.resolve()) != learnt_from:
+        return crops, f"images of {folder}"
+    crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
+    return crops, f"images of {folder} that training held out"
 
 
 def evaluate(
@@ -146,33 +139,30 @@ def evaluate(
     device = model.pick_device(device)
     network, content = model.load_checkpoint(checkpoint, device)
     learnt = set(content["args"]["labels"])
-    sources, texts, title = choose_images(root, split, content, learnt)
-    start = time.perf_counter()
+    crops, title = choose_images(root, split, content, learnt)
+    sources = [source for source, _ in crops]
     # the very function that predict.py reads with: what is scored is what users get
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
-    speed = len(reads) / (time.perf_counter() - start)
     data.warn("files left out", [read.error for read in reads if read.error])
     results = [
         # an array has no file name
         Result(getattr(source, "name", true), true, read.plate, read.confidence, source)
-        for source, true, read in zip(sources, texts, reads)
+        for (source, true), read in zip(crops, reads)
         if not read.error
     ]
     if not results:
-        raise data.InputError(f"{title}: none can be read; check the files")
+        raise OSError(f"{title}: none can be read; check the files, or add a test folder")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     places = compare(trues, preds)
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    decoding = "greedy"
-    if predict.plate_patterns(network, grammar):
-        decoding = "best plate, three views if unsure"
+    is_greedy = not predict.plate_patterns(network, grammar)
+    decoding = "greedy" if is_greedy else "best plate, three views if unsure"
     scores = metrics(trues, preds)
     return scores | {
         "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),
         "decoding": f"{device} {precision or model.pick_precision(device)}, {decoding}"
         + ", adapted to the place" * adapt,
-        "speed": speed,
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
         "by_confidence": count_right((round(c, 1), right) for c, right in zip(confidences, rights)),
@@ -196,7 +186,7 @@ def wrong_reads(scores):
 
 
 SCORES = """{title}
-read with    {decoding}, {speed:.0f} images/s
+read with    {decoding}
 accuracy     {accuracy:.4f}   95% interval {interval[0]:.4f} to {interval[1]:.4f}
 CER          {cer:.5f}
 Levenshtein  {levenshtein:.4f}

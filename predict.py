@@ -39,8 +39,6 @@ import data
 import model
 
 READER = Path(__file__).parent / "assets/reader.pth"  # where no checkpoint is named
-SURE = 0.8  # a read less probable than this gets two more views
-SURE_ADAPTED = 0.99  # the same with adaptation, which needs the candidates
 
 # ---------------------------------------------------------------------------------------
 # Reading
@@ -59,7 +57,7 @@ def load(path=READER, device=None):
     return model.load_checkpoint(path, model.pick_device(device))[0]
 
 
-def plate_patterns(network, grammar=None):
+def plate_patterns(network, grammar):
     """The plate patterns that reads must match: Chinese plates' if `grammar`, else none.
 
     grammar None: yes for networks that read Chinese plates. The baseline's reads were greedy."""
@@ -93,13 +91,13 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     for k, source in enumerate(sources):
         try:
             images[k] = data.load_image(source, size)
-        except data.InputError as error:
+        except OSError as error:
             errors[k] = str(error)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     shares = model.probabilities(logits, texts, alphabet)
     answers = [[pair] for pair in zip(texts, shares.tolist())]
-    sure = SURE_ADAPTED if adapt else SURE
+    sure = 0.99 if adapt else 0.8  # adaptation needs the candidates
     unsure = [
         k
         for k, ((text, probability),) in enumerate(answers)
@@ -162,7 +160,7 @@ def adapt_to_place(reads):
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     """An iterator over a Read for each of `sources`, in order.
 
-    sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
+    sources: one image or many: paths, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
     Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
     core and two more are taken before the first answer; for a live camera call
     next(read(network, frame)).
@@ -172,10 +170,10 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     depends on all the others, and the first comes after the last image."""
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
-        raise data.InputError("--adapt: only Chinese plates have provinces; drop it")
+        raise OSError("--adapt: only Chinese plates have provinces; drop it")
     precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
-    one = (str, bytes, os.PathLike, Image.Image)
+    one = (str, os.PathLike, Image.Image)
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
@@ -284,9 +282,9 @@ def main(argv=None):
         if not paths:
             return
     if not paths:
-        raise data.InputError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
+        raise OSError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
     if args.label and os.path.lexists(args.label):
-        raise data.InputError(f"{args.label}: is there already; name a new folder")
+        raise OSError(f"{args.label}: is there already; name a new folder")
     network = load(checkpoint, args.device)
     if args.explain:
         explain(network, paths, args.explain, args.precision, args.grammar)

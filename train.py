@@ -44,7 +44,7 @@ SMALL = {
     "weight_decay": 0.02,
     "optimizer": "AdamW",
     "amsgrad": False,
-    "warmup": 300,  # steps
+    "warmup": 300.0,  # steps
     "decay": True,  # the learning rate falls to 0
     "clip": 5.0,  # max gradient norm
     "prior": True,  # see province_prior
@@ -60,7 +60,7 @@ NOTEBOOK = {
     "weight_decay": 1e-4,
     "optimizer": "Adam",
     "amsgrad": True,
-    "warmup": 0,
+    "warmup": 0.0,
     "decay": False,
     "clip": math.inf,
     "prior": False,
@@ -75,12 +75,8 @@ MOST_VIEWS = 80  # a run shows each crop about so often at most, or it overfits
 MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
 
 
-def network_config(args):
-    """What model.build_network takes, from all the arguments."""
-    return {name: vars(args)[name] for name in CONFIG}
-
-
 def parse_arguments(argv):
+    """All the arguments, and those among them that model.build_network takes, as a dict."""
     parser, add = data.make_parser(__doc__)
     share = data.between(float, 0, 1)
     # its whole path: evaluation may run in another folder
@@ -107,19 +103,21 @@ def parse_arguments(argv):
         if kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
         elif kind in (int, float):
-            least = int(kind is int and name != "warmup")
-            add(flag, type=data.between(kind, least, math.inf), help=f"(small: {value})")
+            add(flag, type=data.between(kind, kind is int, math.inf), help=f"(small: {value})")
     args = parser.parse_args(argv)
-    config = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
+    known = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
-    parser.set_defaults(**RECIPES[config["model"]] | config)
+    parser.set_defaults(**RECIPES[known["model"]] | known)
     args = parser.parse_args(argv)
-    if args.init and network_config(args) != config:
-        raise data.InputError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
-    if not model.is_config(**network_config(args)):
-        sizes = f"multiples of {model.NETWORKS[args.model].multiples}, 64 wide to 512 2048"
-        raise data.InputError(f"--size {args.size}: give {sizes}, and no / in --alphabet")
-    return args
+    config = {name: vars(args)[name] for name in CONFIG}
+    if args.init and config != known:
+        raise OSError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
+    if not model.is_config(**config):
+        raise OSError(
+            f"--size {args.size}: give multiples of {model.NETWORKS[args.model].multiples}, "
+            "64 wide to 512 2048, and no / in --alphabet"
+        )
+    return args, config
 
 
 def learning_rate(step, steps, args):
@@ -138,7 +136,7 @@ def synthetic_share(num_crops, args):
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
         share = 1 - min(MOST_CROPS, views) if can_draw else 0.0
     if share and not can_draw:
-        raise data.InputError("drawn plates need assets/ and the alphabet of plates; give --data")
+        raise OSError("drawn plates need assets/ and the alphabet of plates; give --data")
     return share
 
 
@@ -168,8 +166,9 @@ def validate(network, validation, precision):
     return scores | {"val_loss": model.ctc_loss(logits, texts, alphabet).item()}
 
 
-def train(args):
-    """The whole run. Raises OSError with one sentence the user can act on."""
+def train(args, config):
+    """The whole run, with what parse_arguments returns. Raises OSError with one sentence the user
+    can act on."""
     # 1) the device, and the processes that share the run: torchrun's environment says which
     data.check_output(args.out, ".pth")
     device = model.pick_device(args.device)
@@ -188,7 +187,7 @@ def train(args):
     # 2) the network
     data.seed_all(args.seed)
     learnt = set()
-    network = model.build_network(**network_config(args))
+    network = model.build_network(**config)
     if args.init:
         content = model.load_checkpoint(args.init)[1]
         network.load_state_dict(content["model"])
@@ -203,7 +202,7 @@ def train(args):
     if args.data:
         for path, text in data.find_crops(data.split_folder(args.data, "train"), args.alphabet):
             if model.steps_needed(text) > network.steps:
-                raise data.InputError(f"{path}: too long for {network.steps} time steps; remove it")
+                raise OSError(f"{path}: too long for {network.steps} time steps; remove it")
             (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
     share = synthetic_share(len(labelled), args)
     # in a batch; at least one crop, unless all is to be drawn
@@ -247,13 +246,13 @@ def train(args):
     parts = (network, optimizer, scaler)
 
     # 5) resume
-    content = {"config": network.config, "history": [], "best": [math.inf]}  # see model.py
+    content = {"config": config, "history": [], "best": [math.inf]}  # see model.py
     if args.resume and os.path.exists(args.out):
         content = model.load_checkpoint(args.out)[1]
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         if changed - MAY_CHANGE or "resume" not in content:
             flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
-            raise data.InputError(f"{args.out}: is not this run ({flags}); drop --resume")
+            raise OSError(f"{args.out}: is not this run ({flags}); drop --resume")
         for part, state in zip(parts, content.pop("resume")):
             part.load_state_dict(state)
         print(f"resumed after epoch {len(content['history'])}")
@@ -307,7 +306,7 @@ def train(args):
             if done == 10 or step % 50 == 0 or step == steps:
                 recent = torch.stack(losses[-50:])
                 if not recent.isfinite().any():
-                    raise data.InputError("the loss is not finite; lower --lr and --resume")
+                    raise OSError("the loss is not finite; lower --lr and --resume")
                 scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
                 speed = step / (time.perf_counter() - epoch_start)
                 print(
@@ -358,7 +357,7 @@ def train(args):
 
 @data.one_sentence()
 def main(argv=None):
-    train(parse_arguments(argv))
+    train(*parse_arguments(argv))
 
 
 if __name__ == "__main__":

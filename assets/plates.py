@@ -23,7 +23,6 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 
-GLYPHS = Path(__file__).with_name("glyphs.png")
 CELL_W = 24  # pixels of one character in glyphs.png
 CELL_H = 48
 CHARACTER_WIDTH = 45  # mm, the same character
@@ -35,8 +34,6 @@ WIDTH = 440
 HEIGHT = 140
 RIM = 20  # so much of the car is drawn around every plate; the 480 of a green one is by chance
 EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
-BRIGHT = (0.75, 1.0)
-DARK = (0.0, 0.2)
 
 
 class PlateType(NamedTuple):
@@ -44,7 +41,7 @@ class PlateType(NamedTuple):
 
     share: float  # how many of the synthetic plates are of this type
     ground: tuple  # the colour of the background lies between these two
-    ink: tuple = DARK  # the darkest and the brightest grey of the characters and the border
+    ink: tuple = (0.0, 0.2)  # the darkest and the brightest grey of the characters and the border
     fade: float = 0.0  # how far the background turns white towards the top
     patterns: tuple = data.SEVEN
     width: float = CHARACTER_WIDTH
@@ -53,23 +50,22 @@ class PlateType(NamedTuple):
     faces: range = range(0, 4)  # rows of glyphs.png: one typeface in four widths of the pen
 
 
-GREEN = {
-    "fade": 1.0,
-    "width": 40,
-    "lefts": (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
-    "dot": 120.75,
-    "faces": range(4, 8),  # green plates have a typeface of their own
-}
 PLATE_TYPES = (
     # blue: cars
-    PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), BRIGHT),
-    # green: electric cars, and electric trucks and buses
-    PlateType(0.11, ((0.10, 0.60, 0.35), (0.35, 0.85, 0.60)), patterns=data.EIGHT, **GREEN),
-    PlateType(0.01, ((0.40, 0.60, 0.10), (0.80, 0.85, 0.45)), patterns=data.EIGHT_LARGE, **GREEN),
-    # yellow: trucks and buses
-    PlateType(0.07, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
-    # white: police
-    PlateType(0.01, ((0.70, 0.70, 0.70), (1.00, 1.00, 1.00))),
+    PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), (0.75, 1.0)),
+    # yellow: lorries and buses
+    PlateType(0.08, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
+    # green: electric
+    PlateType(
+        0.12,
+        ((0.10, 0.60, 0.20), (0.60, 0.85, 0.60)),
+        fade=1.0,
+        patterns=data.EIGHT,
+        width=40,
+        lefts=(14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
+        dot=120.75,
+        faces=range(4, 8),  # a typeface of their own
+    ),
 )
 PRACTICE = 0.5  # of the strings that training draws, see random_text
 VALIDATION = (1000, "validation")  # how many, and their seed: training's seeds are no strings
@@ -83,8 +79,9 @@ TEST = (2000, "test")
 @functools.lru_cache
 def load_glyphs(height, device="cpu"):
     """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
-    sheet = pil_to_tensor(Image.open(GLYPHS)) / 255  # (1, faces * CELL_H, 65 * CELL_W)
-    cells = sheet.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
+    sheet = Image.open(Path(__file__).with_name("glyphs.png"))
+    rows = pil_to_tensor(sheet) / 255  # (1, faces * CELL_H, 65 * CELL_W)
+    cells = rows.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
     return resize(cells, (height, height // 2)).to(device)
 
 
@@ -165,7 +162,6 @@ def paint(kind, texts, glyphs):
     plate = canvas[:, :, rim:-rim, rim:-rim]  # a view: what is drawn on it is on the canvas
     darkest, brightest = kind.ink
     ink = darkest + (brightest - darkest) * per_image(count)
-    ink = ink - 0.05 + 0.1 * per_image(count, 3)
     draw_background(plate, kind, ink, mm)
     draw_characters(plate, kind, texts, ink, glyphs, mm)
     return canvas
@@ -226,8 +222,8 @@ def save_sheet(path, images, captions, columns):
     to_pil_image(make_grid(pictures, columns, pad_value=255)).save(path)
 
 
-def show(out, folder=None, augmented=False):
-    """Write a sheet of 24 labelled samples of a folder, or of drawn plates."""
+def show(out, folder, augmented):
+    """Write a sheet of 24 labelled samples of a folder, or of drawn plates if it is None."""
     size = (48, 192)
     crops = data.find_crops(data.split_folder(folder, "train")) if folder else []
     data.check_output(out, ".png", [path for path, _ in crops])
