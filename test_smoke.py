@@ -57,6 +57,7 @@ no crop there can be read: {FAST} --data bad --synthetic 0 | no images there: pr
 has no folder 'a': evaluate --data DIR --split a | holds no characters: train --alphabet empty.txt
 name a new folder: predict crop.jpg --label DIR | drop it: predict crop.jpg --adapt --no-grammar"""
 ALONE = [("predict.py ../ckpt.pth ../crop.jpg > /dev/full", "No space"), ("train.py", "assets/")]
+ALONE += [("evaluate.py ../ckpt.pth --data absent", "No such file"), ("data.py audit ../DIR", "")]
 # The README's commands are tests, but for those that take long or need what a clone lacks.
 CODE = r"(?:^ {4}|`)python ([\w/]+\.py[^`#]*?)(?=`| *#|\n {4}|\n\n)"
 COMMANDS = re.findall(CODE, Path(HERE, "README.md").read_text("utf8"), re.M)
@@ -221,10 +222,8 @@ class Test:
         assert evaluate.wilson(0.9, 100) == near((0.8256, 0.9448), abs=1e-4)
         assert evaluate.count_right([("b", 1), ("a", 0), ("b", 0)]) == {"a": (0, 1), "b": (1, 2)}
         assert evaluate.calibration_error([0.9, 0.9, 0.15, 1], [1, 0, 0, 1]) == near(0.95 / 4)
-        train.EPOCH_IMAGES = 20_000
-        args = mock.Mock(synthetic=None, epochs=32, alphabet=ALPHABET, lr=1, warmup=300, decay=True)
-        shares = [train.synthetic_share(crops, args) for crops in (0, 1140, 10**5)]
-        assert shares == near([1, 1 - 80 * 1140 / 640_000, 0.5])
+        args, _ = train.parse_arguments(["--lr", "1", "--epochs", "32"])
+        assert [train.synthetic_share(n, args) for n in (0, 6, 10**5)] == [1, 0.75, 0.5]
         assert [train.learning_rate(k, 10**4, args) for k in (0, 5000)] == near([1 / 301, 0.5])
         prior = train.province_prior(["浙A12345"] * 9 + ["皖A12345"], ALPHABET)
         zhe, wan, yue = (prior[1 + ALPHABET.index(char)].item() for char in "浙皖粤")
