@@ -462,8 +462,7 @@ def audit(folder, alphabet=ALPHABET):
         print("images", {split: len(some) for split, some in splits.items()})
         print("lengths", dict(Counter(map(len, texts))))  # 0: no label
         print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
-        quantiles = np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0)
-        print("least, median and largest width and height", *quantiles)
+        print("least, median, largest size", *np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0))
         warn("plates in train and test", sorted({*splits["train"]} & {*splits["test"]} - {""}))
     return all(texts) and len(sizes) == len(texts) > 0
 

@@ -103,7 +103,7 @@ def parse_arguments(argv):
         if kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
         elif kind in (int, float):
-            add(flag, type=data.between(kind, kind is int, math.inf), help=f"(small: {value})")
+            add(flag, type=data.between(kind, int(kind is int), math.inf), help=f"(small: {value})")
     args = parser.parse_args(argv)
     known = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
     # Again: now the values of the recipe, or of the checkpoint, are the defaults.
