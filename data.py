@@ -126,17 +126,6 @@ def check_output(path, suffix, inputs=()):
         raise OSError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
-def write_file(path, content):
-    """Write bytes to a file: the whole of them, or the old file stays. Raises OSError."""
-    partial = Path(f"{path}.part")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror}); free space?") from None
-
-
 def make_parser(text):
     """A parser of a script's options, and what adds one; `text` tells what the script does."""
     parser = argparse.ArgumentParser(

@@ -11,7 +11,6 @@ Crops in one folder, without train and test, are scored on those that training h
 import base64
 import csv
 import html
-import io
 import json
 import math
 import os
@@ -69,7 +68,7 @@ def wilson(share, n):
     k = 1.96**2 / n  # 1.96 deviations to either side hold 95% of a normal distribution
     centre = (share + k / 2) / (1 + k)
     spread = math.sqrt(share * (1 - share) * k + k * k / 4) / (1 + k)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+    return centre - spread, centre + spread
 
 
 def count_right(pairs):
@@ -210,13 +209,12 @@ def describe(scores):
 
 def write_table(path, results):
     """Write a CSV file: filename, true, pred, confidence, same."""
-    file = io.StringIO(newline="")
-    table = csv.writer(file)
-    table.writerow(["filename", "true", "pred", "confidence", "same"])
-    for name, true, pred, confidence, _ in results:
-        table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
     # utf-8-sig: spreadsheets look for its mark; surrogateescape: a name may be no UTF-8
-    data.write_file(path, file.getvalue().encode("utf-8-sig", "surrogateescape"))
+    with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["filename", "true", "pred", "confidence", "same"])
+        for name, true, pred, confidence, _ in results:
+            table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
 
 
 def mark(text, other):
@@ -266,7 +264,7 @@ def write_report(folder, scores):
         image = base64.b64encode(encode_png(picture).numpy()).decode()
         page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(name)}'
         page += f"<br>true {mark(true, pred)}<br>read {mark(pred, true)}<br>{confidence:.4f}"
-    data.write_file(folder / "report.html", page.encode("utf8", "replace"))
+    (folder / "report.html").write_text(page, "utf8", "replace")
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
     if pictures:
         captions = [f"{result.true} {result.pred}" for result in wrong]
@@ -298,7 +296,7 @@ def main(argv=None):
         write_table(table, scores["reads"])
     if numbers:
         del scores["reads"]
-        data.write_file(numbers, json.dumps(scores, indent=1).encode())
+        Path(numbers).write_text(json.dumps(scores, indent=1))
 
 
 if __name__ == "__main__":

@@ -149,9 +149,9 @@ def ctc_loss(logits, texts, alphabet, reduction="mean"):
     log_probs = logits.float().log_softmax(2)
     # on the CPU, so that no GPU is waited for
     targets = torch.tensor([alphabet.index(char) + 1 for char in "".join(texts)])
-    lengths = torch.tensor([len(text) for text in texts])
-    steps = torch.full_like(lengths, len(logits))
-    return F.ctc_loss(log_probs, targets.long(), steps, lengths, BLANK, reduction)
+    lengths = list(map(len, texts))
+    steps = len(texts) * [len(logits)]
+    return F.ctc_loss(log_probs, targets, steps, lengths, BLANK, reduction)
 
 
 def probabilities(logits, texts, alphabet):

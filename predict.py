@@ -21,7 +21,6 @@ pretrained model in assets, which learnt from drawn plates alone.
 
 import argparse
 import glob
-import io
 import itertools
 import json
 import os
@@ -215,8 +214,7 @@ def explain(network, paths, out, precision=None, grammar=None):
     width = bars.shape[2]
     names = "-" + network.config["alphabet"]
     line = "".join(names[k] for k in classes)
-    height = width * image.shape[1] // image.shape[2]
-    rows = [resize(image, [height, width]), bars, plates.text_picture(line, (52, width))]
+    rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
     (result,) = read(network, paths[0], precision, grammar, top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
@@ -234,9 +232,7 @@ def export(network, out):
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     any_number = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=any_number)
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"facts.json": facts})
-    data.write_file(out, file.getvalue())
+    torch.export.save(program, out, extra_files={"facts.json": facts})
     print(f"{out}: written")
 
 

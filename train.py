@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -186,12 +187,12 @@ def train(args, config):
 
     # 2) the network
     data.seed_all(args.seed)
-    learnt = set()
+    learnt = []  # the labels that the weights come from, as hashes
     network = model.build_network(**config)
     if args.init:
         content = model.load_checkpoint(args.init)[1]
         network.load_state_dict(content["model"])
-        learnt.update(content["args"]["labels"])
+        learnt = content["args"]["labels"]
     network.to(device)
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
@@ -211,8 +212,7 @@ def train(args, config):
     if not num_crops:
         labelled = []
     all_texts = [text for _, text in labelled]
-    learnt.update(map(data.hash_label, all_texts))
-    args.labels = sorted(learnt)
+    args.labels = sorted({*learnt, *map(data.hash_label, all_texts)})
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
     steps = args.steps = math.ceil(batches / world_size)  # in an epoch
     print(
@@ -340,16 +340,19 @@ def train(args, config):
         print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
         rest = {"resume": [part.state_dict() for part in parts]} if epoch + 1 < args.epochs else {}
 
-        # 11) save all of it in one file; that of an earlier run is kept
+        # 11) save all of it in one file: the whole of it, or that of the last epoch stays. The
+        # file of an earlier run is kept.
         if epoch == 0 and os.path.exists(args.out):
             earlier = f"{args.out}.bak"
             while os.path.lexists(earlier):
                 earlier += ".bak"
             os.replace(args.out, earlier)
             print(f"{args.out}: that of an earlier run is now {earlier}")
-        file = io.BytesIO()
+        file = io.BytesIO()  # torch's own errors of a full disk are no OSErrors
         torch.save(content | rest, file)
-        data.write_file(args.out, file.getvalue())
+        partial = Path(f"{args.out}.part")
+        partial.write_bytes(file.getvalue())
+        partial.replace(args.out)
     print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
     if world_size > 1:
         dist.destroy_process_group()

@@ -14,7 +14,6 @@ before: `python train.py --model wide --batch-size 64` and `python train.py --in
 of the weights, which train.py no longer keeps: at the end of a run it was no better.
 """
 
-import io
 import sys
 from pathlib import Path
 
@@ -32,9 +31,7 @@ ASSETS = Path(__file__).parent
 def main(checkpoint):
     _, content = model.load_checkpoint(checkpoint)
     content["model"] = {name: value.half() for name, value in content["model"].items()}
-    file = io.BytesIO()
-    torch.save(content, file)
-    data.write_file(ASSETS / "reader.pth", file.getvalue())
+    torch.save(content, ASSETS / "reader.pth")
 
     # finer than what the network sees, and the same pictures for every checkpoint
     images, _ = plates.fixed_plates(60, "pictures", (96, 384))

@@ -131,7 +131,7 @@ def draw_background(plate, kind, ink, mm):
     fade = kind.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
     plate[:] = ground + (0.9 - ground) * fade
     edge = round(random.uniform(3, 6) * mm)
-    inner = edge + max(1, round(random.uniform(2, 5.5) * mm))
+    inner = edge + round(random.uniform(2, 5.5) * mm)
     line = torch.zeros(height, width)
     line[edge:-edge, edge:-edge] = 1
     line[inner:-inner, inner:-inner] = 0
@@ -148,7 +148,7 @@ def draw_characters(plate, kind, texts, ink, glyphs, mm):
     for mask, x in zip(masks.split(1, 1), kind.lefts):
         # characters are not pressed exactly in place
         stamp(plate, mask, x + random.uniform(-1.5, 1.5), random.uniform(23.5, 26.5), ink, mm)
-    side = max(2, round(10 * mm))
+    side = round(10 * mm)
     dot = per_image(len(texts)).expand(-1, 1, side, side)
     stamp(plate, dot, kind.dot, 65, ink, mm)
 
