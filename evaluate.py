@@ -161,7 +161,7 @@ def evaluate(
     return scores | {
         "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),
         "decoding": f"{device} {precision or model.pick_precision(device)}, {decoding}"
-        + ", adapted to the place" * adapt,
+        f"{', adapted to the place' if adapt else ''}",
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
         "by_confidence": count_right((round(c, 1), right) for c, right in zip(confidences, rights)),
@@ -196,8 +196,9 @@ def describe(scores):
     """The three metrics, where the errors are, and the confusions: a text of some lines."""
     lines = [SCORES.format(**scores)]
     for name in ("position", "first", "training"):
-        counts = scores[f"by_{name}"].items()
-        shares = "  ".join(f"{key} {right / n:.4f} of {n}" for key, (right, n) in counts)
+        shares = "  ".join(
+            f"{key} {right / n:.4f} of {n}" for key, (right, n) in scores[f"by_{name}"].items()
+        )
         lines.append(f"{name:11}  {shares}")
     pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
     wrong = wrong_reads(scores)

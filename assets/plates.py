@@ -255,7 +255,7 @@ def main(argv=None):
     add("out", help="the picture, or the folder, to write")
     add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
     add("--augmented", action="store_true", help="show them as training sees them")
-    add("--count", type=data.between(int, 1, 10**6), default=1000, help="plates to render")
+    add("--count", type=int, default=1000, help="plates to render")
     args = parser.parse_args(argv)
     if args.command == "render":
         render(args.out, args.count)
