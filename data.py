@@ -11,6 +11,7 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -114,6 +115,8 @@ def one_sentence():
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; give a smaller --batch-size or --size")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_output(path, suffix, inputs=()):
@@ -182,7 +185,7 @@ def list_images(folder):
     folder that cannot be read, which os.walk by itself passes over."""
 
     def fail(error):
-        raise error
+        raise OSError(f"{error.filename}: cannot be listed; give a folder of images") from None
 
     known = Image.registered_extensions()
     paths = sorted(
@@ -198,7 +201,7 @@ def list_images(folder):
 
 def split_folder(root, split):
     """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    folders = {path.name.lower(): path for path in Path(root).iterdir()}
+    folders = {path.name.lower(): path for path in Path(root).iterdir() if path.is_dir()}
     if not {"train", "test"} & set(folders):
         return Path(root)
     if split not in folders:
@@ -228,7 +231,7 @@ def hash_label(text):
     """A number below 2**32, the same in all processes.
 
     Labels mix up O and 0, I and 1: these count as equal."""
-    return zlib.crc32(text.translate(REPAIR).encode())
+    return zlib.crc32(text.upper().translate(REPAIR).encode())
 
 
 def is_held_out(text, share):
@@ -245,14 +248,17 @@ def is_held_out(text, share):
 def open_image(source):
     """One image as an upright RGB Pillow image. Raises OSError.
 
-    source: a path, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An array is RGB; OpenCV's
-    are BGR, so give array[:, :, ::-1]."""
+    source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An
+    array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
+    is_path = isinstance(source, (str, os.PathLike))
     try:
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source)
         elif isinstance(source, Image.Image):
             image = source
-        elif os.path.isfile(source):  # to open a pipe would wait for ever
+        elif isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif is_path and os.path.isfile(source):  # to open a pipe would wait for ever
             image = Image.open(source)
         else:
             raise FileNotFoundError("no such file")
@@ -275,9 +281,8 @@ def open_image(source):
         zlib.error,
         Image.DecompressionBombError,
     ) as error:
-        is_path = isinstance(source, (str, os.PathLike))
         name = source if is_path else type(source).__name__
-        what = "no readable path, Pillow image or uint8 array (H, W, 3)"
+        what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
         raise OSError(f"{name}: {what} ({printable(error)[:100]})") from None
 
 
@@ -287,8 +292,8 @@ def load_image(source, size):
 
 
 def in_threads(function, items, *options):
-    """Yield in order what the function returns for each item and the options. Where it raises
-    OSError it yields nothing, and stderr names these in the end.
+    """Yield in order what the function returns for each item and the options. Items for which it
+    raises an OSError of ours are left out, and stderr names them at the end.
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
@@ -302,6 +307,8 @@ def in_threads(function, items, *options):
                 try:
                     yield waiting.popleft().result()
                 except OSError as error:
+                    if error.errno:  # the system's own, such as a full disk: no single item's
+                        raise
                     errors.append(error)
                 waiting.extend(itertools.islice(futures, 1))
     finally:
@@ -366,7 +373,7 @@ def warp(images, size, extent):
     slant = pair(0.06, 0.4) * randn(count, 2, 1)
     eye = torch.eye(2)
     turn = eye - slant * eye.flip(0)  # (B, 2, 2)
-    box = turn * (1 + slant.abs()).mT  # it grows with both
+    box = turn * (1 + slant.abs()).mT  # larger than a slanted plate, in each direction by its slant
     # the box is from 8% wider and 14% higher than the plate to 17% narrower and 32% lower
     tight = rand(count, 2, 1) ** pair(2, 1)
     zoom = pair(0.93, 0.88) + pair(0.27, 0.60) * tight
@@ -409,7 +416,8 @@ def blur(images):
 
 def photograph(images, size, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
-    # each side has fewer pixels by itself; then the network's input size is an enlargement
+    # fewer pixels than the network's input, in each direction by a factor of its own; the last
+    # line enlarges again
     sensor = [round(side * (1 - 0.6 * random.random() ** 2)) for side in size]
     images = warp(images, size, extent)
     images = blur(relight(images))

@@ -122,10 +122,13 @@ def choose_images(root, split, content, learnt):
         return list(zip(images.permute(0, 2, 3, 1).numpy(), texts)), "drawn plates"
     folder = data.split_folder(root or learnt_from, split)
     crops = data.find_crops(folder, config["alphabet"])
-    if split == "train" or str(folder.resolve()) != learnt_from:
-        return crops, f"images of {folder}"
-    crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
-    return crops, f"images of {folder} that training held out"
+    title = f"images of {folder}"
+    if split != "train" and learnt_from and os.path.isdir(learnt_from):
+        learnt_folder = data.split_folder(learnt_from, "train").resolve()
+        if folder.resolve().is_relative_to(learnt_folder):
+            crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
+            title += " that training held out"
+    return crops, title
 
 
 def evaluate(
@@ -139,7 +142,7 @@ def evaluate(
     network, content = model.load_checkpoint(checkpoint, device)
     learnt = set(content["args"]["labels"])
     crops, title = choose_images(root, split, content, learnt)
-    sources = [source for source, _ in crops]
+    sources = [crop[0] for crop in crops]
     # the very function that predict.py reads with: what is scored is what users get
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
     data.warn("files left out", [read.error for read in reads if read.error])
@@ -150,13 +153,13 @@ def evaluate(
         if not read.error
     ]
     if not results:
-        raise OSError(f"{title}: none can be read; check the files, or add a test folder")
+        raise OSError(f"{title}: there are none, or none can be read; add a test folder")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     places = compare(trues, preds)
     seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    is_greedy = not predict.plate_patterns(network, grammar)
-    decoding = "greedy" if is_greedy else "best plate, three views if unsure"
+    patterns = predict.plate_patterns(network, grammar)
+    decoding = "best plate, three views if unsure" if patterns else "greedy"
     scores = metrics(trues, preds)
     return scores | {
         "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),

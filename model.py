@@ -314,6 +314,8 @@ def load_checkpoint(path, device="cpu"):
         network.load_state_dict(weights)
     except RuntimeError:
         raise broken from None
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise broken
     network.to(device).eval()
     # each batch-norm becomes part of its convolution: the same function, with less work
     for layer in network.cnn:

@@ -138,7 +138,8 @@ def adapt_to_place(reads):
             for text, share in read.alternatives:
                 counts[text[:1]] += share
                 counts[text[:2]] += share
-        even = sum(counts.values()) / 2 / len(data.PROVINCES)  # if no province were common
+        # if no province were common; counts holds each plate twice, by province and by city
+        even = sum(counts.values()) / 2 / len(data.PROVINCES)
         adapted = []
         for read in reads:
             rest = 1.0  # all strings that are no candidates keep their weight
@@ -159,7 +160,7 @@ def adapt_to_place(reads):
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     """An iterator over a Read for each of `sources`, in order.
 
-    sources: one image or many: paths, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
+    sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
     Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
     core and two more are taken before the first answer; for a live camera call
     next(read(network, frame)).
@@ -172,7 +173,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
         raise OSError("--adapt: only Chinese plates have provinces; drop it")
     precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
-    one = (str, os.PathLike, Image.Image)
+    one = (str, bytes, os.PathLike, Image.Image)
     if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:

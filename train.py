@@ -45,7 +45,7 @@ SMALL = {
     "weight_decay": 0.02,
     "optimizer": "AdamW",
     "amsgrad": False,
-    "warmup": 300.0,  # steps
+    "warmup": 300.0,  # steps; a float, since it may be 0 and whole numbers must be at least 1
     "decay": True,  # the learning rate falls to 0
     "clip": 5.0,  # max gradient norm
     "prior": True,  # see province_prior
@@ -122,8 +122,8 @@ def parse_arguments(argv):
 
 
 def learning_rate(step, steps, args):
-    """The learning rate of step number `step` of `steps`: a linear warm-up times half a cosine,
-    which falls to 0 (Loshchilov and Hutter, 2017), or without args.decay stays at 1."""
+    """The learning rate of step number `step` of `steps`: a linear warm-up times half a cosine
+    that falls from 1 to 0 (Loshchilov and Hutter, 2017). Without args.decay this factor is 1."""
     rise = min(1, (step + 1) / (min(args.warmup, steps // 5) + 1))
     fall = 0.5 + 0.5 * math.cos(math.pi * args.decay * step / steps)
     return args.lr * rise * fall
@@ -151,7 +151,8 @@ def province_prior(texts, alphabet):
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
     numbers = [counts[char] + smallest if char in data.PROVINCES else 0.0 for char in alphabet]
     share = torch.tensor([0.0, *numbers]) / sum(numbers)  # the blank's first
-    # with the entropy added the mean over all crops is 0: other classes keep their odds
+    # over the crops log(share) has the mean -entropy: with the entropy added the mean is 0, and
+    # provinces gain nothing against other classes
     return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
 
 

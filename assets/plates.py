@@ -32,7 +32,7 @@ CHARACTER_HEIGHT = 90
 # camera makes one size of all plates anyway.
 WIDTH = 440
 HEIGHT = 140
-RIM = 20  # so much of the car is drawn around every plate; the 480 of a green one is by chance
+RIM = 20  # so much of the car is drawn around every plate
 EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
 
 
@@ -51,11 +51,11 @@ class PlateType(NamedTuple):
 
 
 PLATE_TYPES = (
-    # blue: cars
+    # blue: cars, with bright ink
     PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), (0.75, 1.0)),
     # yellow: lorries and buses
     PlateType(0.08, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
-    # green: electric
+    # green: electric; one pattern in three is that of lorries and buses
     PlateType(
         0.12,
         ((0.10, 0.60, 0.20), (0.60, 0.85, 0.60)),
