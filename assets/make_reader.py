@@ -8,10 +8,10 @@ reads.png     drawn plates, and what the model reads
 ctc.png       how it reads one of them
 
 The repository's checkpoint comes from three runs on drawn plates, each from the weights of the one
-before: `python train.py --model wide --batch-size 64` and `python train.py --init ckpt.pth
---epochs 48 --batch-size 64 --seed 1`, both with earlier cameras (see the history of data.py), and
-`python train.py --init ckpt.pth --epochs 34 --seed 2` with the present one. All three saved an EMA
-of the weights, which train.py no longer keeps: at the end of a run it was no better.
+before: `python train.py --model wide --batch-size 64`, `python train.py --init ckpt.pth --epochs 48
+--batch-size 64 --seed 1` and `python train.py --init ckpt.pth --epochs 34 --seed 2`, all with
+earlier drawings and cameras (see the history of data.py). All three saved an EMA of the weights,
+which train.py no longer keeps: at the end of a run it was no better.
 """
 
 import sys
