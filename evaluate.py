@@ -61,7 +61,7 @@ def metrics(trues, preds):
 
 
 def wilson(share, n):
-    """The 95% interval (low, high) of a share seen in n > 0 trials (Wilson, 1927), in [0, 1].
+    """The 95% interval (low, high) of a share seen in n > 0 trials (Wilson, 1927).
 
     Unlike the share and two deviations to either side, it is honest for few trials and for
     shares near 1."""
@@ -153,7 +153,7 @@ def evaluate(
         if not read.error
     ]
     if not results:
-        raise OSError(f"{title}: there are none, or none can be read; add a test folder")
+        raise OSError(f"{title}: none, or none can be read; check the files, or add a test folder")
     _, trues, preds, confidences, _ = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
     places = compare(trues, preds)

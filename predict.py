@@ -215,6 +215,7 @@ def explain(network, paths, out, precision=None, grammar=None):
     width = bars.shape[2]
     names = "-" + network.config["alphabet"]
     line = "".join(names[k] for k in classes)
+    # whatever ratio the network's input has, a crop is shown about as wide as plates are
     rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
     (result,) = read(network, paths[0], precision, grammar, top=4)
     for text, confidence in result.alternatives:
