@@ -201,7 +201,7 @@ def list_images(folder):
 
 def split_folder(root, split):
     """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    folders = {path.name.lower(): path for path in Path(root).iterdir() if path.is_dir()}
+    folders = {path.name.lower(): path for path in Path(root).glob("*") if path.is_dir()}
     if not {"train", "test"} & set(folders):
         return Path(root)
     if split not in folders:

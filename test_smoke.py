@@ -52,13 +52,13 @@ not on this machine: predict crop.jpg --device cuda:99 | none can be read: evalu
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled: evaluate --data frames; plates show x.png empty | give --data: train --alphabet ab
 multiples of: train --size 50 131; train --size 32 28 | holds no char: train --alphabet empty.txt
-No such file: evaluate --data absent | cannot be listed: data audit absent; data crop absent out
+cannot be listed: evaluate --data absent; train --data absent; data audit absent
 No such file: train --alphabet absent.txt | Not a directory: data crop frames crop.jpg/out
 no crop there can be read: {FAST} --data bad --synthetic 0 | no images there: predict empty
 has no folder 'xyz': evaluate --data DIR --split xyz | no / in: train --alphabet a/
 name a new folder: predict crop.jpg --label DIR | drop it: predict crop.jpg --adapt --no-grammar"""
 ALONE = [("predict.py ../ckpt.pth ../crop.jpg > /dev/full", "No space"), ("train.py", "assets/")]
-ALONE += [("evaluate.py ../ckpt.pth --data absent", "No such file")]
+ALONE += [("evaluate.py ../ckpt.pth --data absent", "cannot be listed")]
 # The README's commands are tests, but for those that take long or need what a clone lacks.
 CODE = r"(?:^ {4}|`)python ([\w/]+\.py[^`#]*?)(?=`| *#|\n {4}|\n\n)"
 COMMANDS = re.findall(CODE, Path(HERE, "README.md").read_text("utf8"), re.M)
