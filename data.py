@@ -111,6 +111,7 @@ def one_sentence():
         yield
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)  # what came after this line was not done
     except OSError as error:
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
@@ -179,7 +180,7 @@ def parse_label(path, alphabet=ALPHABET):
 
 
 def list_images(folder):
-    """All images below `folder`, sorted: the files with a suffix of an image that Pillow reads.
+    """All images below `folder`, sorted: the files with a suffix that Pillow knows.
 
     Links to folders are not followed. stderr counts the files passed over. Raises OSError for a
     folder that cannot be read, which os.walk by itself passes over."""
@@ -263,8 +264,9 @@ def open_image(source):
         else:
             raise FileNotFoundError("no such file")
         image = ImageOps.exif_transpose(image)  # decodes it
-        if image.mode[0] in "IF":  # convert() would clip it to white, and nobody knows its scale
-            raise ValueError("16 or 32 bits a pixel; save it with 8")
+        # convert() would clip 16 bits to white, and nobody knows their scale
+        if image.mode[0] in "IF" or 0 in image.size:
+            raise ValueError("no pixels, or 16 or 32 bits in each; save it with 8")
         return image.convert("RGB")
     except (
         # what Pillow raises for broken files and odd arrays; anything else is a fault of ours
@@ -334,7 +336,9 @@ def load_crops(crops, size):
         images[len(texts)] = image
         texts.append(text)
     if not texts:
-        raise OSError(f"{crops[0][0]}: no crop there can be read; check the files")
+        raise OSError(
+            f"{crops[0][0]}: neither it nor another crop of its part can be read; check the files"
+        )
     return torch.from_numpy(images)[: len(texts)], texts
 
 

@@ -280,7 +280,7 @@ def main(argv=None):
     parser, add = data.make_parser(__doc__)
     add("checkpoint", nargs="?", default=predict.READER, help="(default: the one in assets)")
     add("--data", dest="root", help="crops, or a folder of train and test; see above")
-    add("--split", default="test", help="which folder of --data (default: %(default)s)")
+    add("--split", type=str.lower, default="test", help="folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
     add("--report", help="a folder: write report.html and its pictures there")
@@ -293,14 +293,14 @@ def main(argv=None):
         data.check_output(numbers, ".json")
     scores = evaluate(**args)
     print(describe(scores))
-    if report:
-        write_report(report, scores)
-        print("report      ", Path(report, "report.html").resolve().as_uri())
     if table:
         write_table(table, scores["reads"])
     if numbers:
-        del scores["reads"]
-        Path(numbers).write_text(json.dumps(scores, indent=1))
+        content = scores | {"reads": len(scores["reads"])}
+        Path(numbers).write_text(json.dumps(content, indent=1))
+    if report:
+        write_report(report, scores)
+        print("report      ", Path(report, "report.html").resolve().as_uri())
 
 
 if __name__ == "__main__":

@@ -110,7 +110,12 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     for k in range(len(images)) if top > 1 else unsure:
         strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if adapt:  # the search drops most provinces of a blurred plate
-            others = [char + text[1:] for text in strings[:3] for char in data.PROVINCES]
+            others = [
+                char + text[1:]
+                for text in strings[:3]
+                for char in data.PROVINCES
+                if char in alphabet
+            ]
             strings = list(dict.fromkeys(strings + others))
         if strings:
             answers[k] = model.candidates(views[k], strings, alphabet)[:40]
@@ -174,7 +179,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(network.fc.weight.device)
     options = (network, precision, patterns, top, adapt)
     one = (str, bytes, os.PathLike, Image.Image)
-    if isinstance(sources, one) or getattr(sources, "ndim", 4) < 4:
+    if isinstance(sources, one) or 1 < getattr(sources, "ndim", 4) < 4:
         reads = read_batch([sources], *options)
     else:
         # a camera may fill its array again
@@ -272,7 +277,7 @@ def main(argv=None):
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    is_named = args.paths and args.paths[0].endswith(".pth")
+    is_named = args.paths and ".pth" in args.paths[0]
     checkpoint = args.paths.pop(0) if is_named else READER
     paths = list(find_images(args.paths))
     if args.export:
@@ -297,9 +302,8 @@ def main(argv=None):
         print(data.printable(path), *cells, sep="\t")
         if args.label:
             keep(path, result, args.label, good, args.above)
-    failures = len(paths) - good
-    print(f"{good:,} read, {failures:,} unreadable", file=sys.stderr)
-    if failures:
+    print(f"{good:,} read, {len(paths) - good:,} unreadable", file=sys.stderr)
+    if good < len(paths):
         sys.exit(1)
 
 

@@ -43,7 +43,7 @@ FRAMES = """200&400_500&560-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16
 9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16"""
 # Words of the one sentence that ends a command, and such commands. It also names what is wrong.
 MISTAKES = f"""not a checkpoint: predict half.pth crop.jpg; evaluate trap.pth; train --init crop.jpg
-not a checkpoint: predict absent.pth crop.jpg; predict misfit.pth crop.jpg
+not a checkpoint: predict absent.pth.bak crop.jpg; predict misfit.pth crop.jpg
 no readable path: predict a.jfif; predict zero.jpg; predict pipe.jpg | no images there: predict
 name a new file: predict crop.jpg --export x.xyz; predict crop.png --explain crop.png
 name a new file: evaluate --csv half.pth; evaluate --json no/x.json; train --out empty
@@ -54,7 +54,7 @@ no labelled: evaluate --data frames; plates show x.png empty | give --data: trai
 multiples of: train --size 50 131; train --size 32 28 | holds no char: train --alphabet empty.txt
 cannot be listed: evaluate --data absent; train --data absent; data audit absent
 No such file: train --alphabet absent.txt | Not a directory: data crop frames crop.jpg/out
-no crop there can be read: {FAST} --data bad --synthetic 0 | no images there: predict empty
+neither it nor another: {FAST} --data bad --synthetic 0 | no images there: predict empty
 has no folder 'xyz': evaluate --data DIR --split xyz | no / in: train --alphabet a/
 name a new folder: predict crop.jpg --label DIR | drop it: predict crop.jpg --adapt --no-grammar"""
 ALONE = [("predict.py ../ckpt.pth ../crop.jpg > /dev/full", "No space"), ("train.py", "assets/")]
@@ -150,8 +150,8 @@ class Test:
             image = data.load_image(image, (40, 160)).permute(1, 2, 0).numpy()
             assert abs(image - pixels.astype(int)).mean() < 2, image
         assert data.load_image(np.uint8([[[255, 0, 7]]]), (1, 1)).flatten().tolist() == [255, 0, 7]
-        for odd in (3, pixels / 255, b"no path", grey.astype(np.uint16), np.zeros((4, 4, 7), "u1")):
-            assert "no readable path" in str(pytest.raises(OSError, data.open_image, odd).value)
+        for image in (3, pixels[:0], pixels / 255, b"no path", np.uint16(grey), pixels.T):
+            assert "no readable path" in str(pytest.raises(OSError, data.open_image, image).value)
 
     def test_a_seed_draws_the_same_plates_on_every_machine(self):
         images, texts = plates.fixed_plates(200, "golden", SIZE)
@@ -201,8 +201,8 @@ class Test:
         network = model.build_network(**config).requires_grad_(False)
         assert sum(weight.numel() for weight in network.parameters()) == PARAMETERS[name]
         images = plates.fixed_plates(4, 0, config["size"])[0]
-        assert not torch.equal(network(images), network(images))  # training moves the batch-norms
-        whole = network.eval()(images)
+        moving, whole = network(images), network.eval()(images)  # training moves the batch-norms
+        assert not torch.allclose(moving, whole, atol=0.01)
         assert whole.shape == (20 if "notebook" in name else 32, 4, 66)
         in_the_dark = torch.allclose(network(images // 2), whole, atol=1)
         assert in_the_dark or "notebook" in name
@@ -264,14 +264,14 @@ class Test:
         paths = sorted(Path("plates/train").iterdir())
         lines = [f"{path}\t{plate}\t" for path, plate in zip(paths, reads)]
         run(f"predict ckpt.pth plates/train {options}", "; ".join(lines))
-        network, arrays = predict.load(), [np.array(Image.open(path)) for path in paths]
-        buffer = arrays[0].copy()
-        frames = (np.copyto(buffer, array) or buffer for array in arrays)  # one array, as cameras
+        network, buffer = predict.load(), np.zeros((80, 256, 3), np.uint8)  # one, as cameras have
+        frames = (np.copyto(buffer, Image.open(path)) or buffer for path in paths)
         watch(model, "images_at_once", lambda network: 3)
         some = list(predict.read(network, frames, "fp32", top=3, adapt="--adapt" in options))
         assert [read.plate for read in some] == list(reads)
         assert [read.confidence for read in some] == near(confidences, abs=2e-3)
-        assert next(predict.read(network, paths[0].read_bytes())).plate == reads[0]
+        sources = (paths[0].read_bytes(), np.array(paths[:1], str))
+        assert {next(predict.read(network, source)).plate for source in sources} == {reads[0]}
 
     def test_label_explain_and_export(self, run):
         images = plates.fixed_plates(6, 9, SIZE)[0]
@@ -301,7 +301,7 @@ class Test:
         learnt = len(torch.load("flat.pth", weights_only=True)["args"]["labels"])
         said = run("evaluate flat.pth", f"that training held out; {54 - learnt} images; unseen")
         assert " seen" not in said
-        run("evaluate flat.pth --split train", f"54 images; of {learnt}; seen; unseen")
+        run("evaluate flat.pth --split Train", f"54 images; of {learnt}; seen; unseen")
         run("evaluate flat.pth --data plates", "6 images; unseen")
         run(f"{TINY} --init flat.pth --data plates --out tuned.pth --val 0.9")
         run("evaluate tuned.pth --data plates/train", f"{54 - learnt} images; held out")

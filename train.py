@@ -137,7 +137,9 @@ def synthetic_share(num_crops, args):
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
         share = 1 - min(MOST_CROPS, views) if can_draw else 0.0
     if share and not can_draw:
-        raise OSError("drawn plates need assets/ and the alphabet of plates; give --data")
+        raise OSError(
+            "drawn plates need assets/ and the alphabet of plates; give --data, or a smaller --val"
+        )
     return share
 
 
