@@ -296,8 +296,7 @@ def main(argv=None):
     if table:
         write_table(table, scores["reads"])
     if numbers:
-        content = scores | {"reads": len(scores["reads"])}
-        Path(numbers).write_text(json.dumps(content, indent=1))
+        Path(numbers).write_text(json.dumps(scores | {"reads": len(scores["reads"])}, indent=1))
     if report:
         write_report(report, scores)
         print("report      ", Path(report, "report.html").resolve().as_uri())

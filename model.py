@@ -73,8 +73,6 @@ class CRNN(nn.Module):
         x = x / (x.square().mean((2, 3), keepdim=True).sqrt() + 0.03)
         x = self.cnn(x)  # (B, 256, 1, T)
         x = x.squeeze(2).permute(2, 0, 1)  # (T, B, 256)
-        # drawn and real characters share no feature exactly, so none may decide alone
-        x = F.dropout(x, 0.25, self.training)
         hidden = self.rnn(x)[0]  # (T, B, 96, or 192 if bidirectional)
         # The recurrent layer learns late. Along the skip connection gradients reach the
         # convolutions from the first step, and CTC's all-blank phase ends early.

@@ -163,7 +163,7 @@ class Test:
         golden = (127.816, 77.817, 12.291, 12.015, 126.635, 83.881, 8.233, 7.310)
         assert torch.stack(found).tolist() == near(golden, abs=0.01)
         texts = plates.draw_plates(200, SIZE, plates.PRACTICE)[1]
-        assert 70 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 130
+        assert 130 < sum(bool({*text[1:]} & {*data.PROVINCES}) for text in texts) < 180
 
     @pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch before 2.6 cannot")
     def test_no_tensor_is_on_the_wrong_device(self):
@@ -317,7 +317,7 @@ class Test:
         crops = [len(call.args[0]) for call in camera.call_args_list if len(call.args) == 2]
         assert crops == 16 * [6] and [call.args[0] for call in draw.call_args_list].count(14) == 16
         row = torch.load("ckpt.pth")["history"][-1]  # with a senseless prior for the crops alone
-        assert row["val_loss"] == near(0.0648, abs=1e-3) and row["loss"] == near(41.4, rel=0.05)
+        assert row["val_loss"] == near(0.0625, abs=1e-3) and row["loss"] == near(41.4, rel=0.05)
         assert row["images"] == 320 and row["minutes"] < 5
         # torch 2.4 has no LSTM in bf16 for AVX2
         train.EPOCH_IMAGES, half = 8, "bf16" if hasattr(torch, "accelerator") else "fp32"

@@ -67,7 +67,7 @@ PLATE_TYPES = (
         faces=range(4, 8),  # a typeface of their own
     ),
 )
-PRACTICE = 0.5  # of the strings that training draws, see random_text
+PRACTICE = 0.8  # of the strings that training draws, see random_text
 VALIDATION = (1000, "validation")  # how many, and their seed: training's seeds are no strings
 TEST = (2000, "test")
 
