@@ -277,7 +277,7 @@ def main(argv=None):
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    is_named = args.paths and ".pth" in args.paths[0]
+    is_named = args.paths and ".pth" in Path(args.paths[0]).suffixes
     checkpoint = args.paths.pop(0) if is_named else READER
     paths = list(find_images(args.paths))
     if args.export:

@@ -52,7 +52,7 @@ not on this machine: predict crop.jpg --device cuda:99 | none can be read: evalu
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled: evaluate --data frames; plates show x.png empty | give --data: train --alphabet ab
 multiples of: train --size 50 131; train --size 32 28 | holds no char: train --alphabet empty.txt
-cannot be listed: evaluate --data absent; train --data absent; data audit absent
+cannot be listed: evaluate --data absent; train --data absent; data audit absent; data crop no x
 No such file: train --alphabet absent.txt | Not a directory: data crop frames crop.jpg/out
 neither it nor another: {FAST} --data bad --synthetic 0 | no images there: predict empty
 has no folder 'xyz': evaluate --data DIR --split xyz | no / in: train --alphabet a/

@@ -270,8 +270,8 @@ def train(args, config):
         epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
             done = epoch * steps + step
-            # 6) a batch: crops, then drawn plates. All that is random in a step, dropout as well,
-            # follows from its place in the run.
+            # 6) a batch: crops, then drawn plates. All that is random in a step, the baseline's
+            # dropout as well, follows from its place in the run.
             data.seed_all(args.seed, epoch, step, rank)
             images = []
             labels = []
