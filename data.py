@@ -51,7 +51,7 @@ SEVEN = tuple(
     if last.count(LETTERS) <= 2
 )
 EIGHT = (
-    (PROVINCES, LETTERS, FUELS, DIGITS) + 4 * (DIGITS,),
+    (PROVINCES, LETTERS, FUELS) + 5 * (DIGITS,),
     (PROVINCES, LETTERS, FUELS, LETTERS) + 4 * (DIGITS,),
     (PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),  # lorries and buses
 )
@@ -115,7 +115,7 @@ def one_sentence():
     except OSError as error:
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
-        sys.exit("error: not enough memory; give a smaller --batch-size or --size")
+        sys.exit("error: not enough memory; train with a smaller --batch-size or --size")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -323,23 +323,22 @@ def load_crops(crops, size):
 
     crops: [(path, text), ...]. stderr names those that cannot be read. Raises OSError if none
     can."""
-    shape = (len(crops), 3, *size)
     disk = tempfile.gettempdir()
-    if shutil.disk_usage(disk).free < math.prod(shape):
+    if shutil.disk_usage(disk).free < 3 * math.prod(size) * len(crops):
         raise OSError(f"{disk}: too small for the crops; set TMPDIR to a folder with more space")
+    texts = []
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
-        images = np.memmap(file, np.uint8, "w+", shape=shape)
-    texts = []
-    for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), crops):
-        images[len(texts)] = image
-        texts.append(text)
-    if not texts:
-        raise OSError(
-            f"{crops[0][0]}: neither it nor another crop of its part can be read; check the files"
-        )
-    return torch.from_numpy(images)[: len(texts)], texts
+        for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), crops):
+            file.write(image.numpy().tobytes())
+            texts.append(text)
+        if not texts:
+            raise OSError(
+                f"{crops[0][0]}: neither it nor another of its part can be read; check the files"
+            )
+        images = np.memmap(file, np.uint8, shape=(len(texts), 3, *size))
+    return torch.from_numpy(images), texts
 
 
 def seed_all(*counters):
@@ -429,7 +428,7 @@ def photograph(images, size, extent):
     noise = 0.05 * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
     pixels = jpeg(images.to("cpu", torch.uint8), random.randint(35, 95))  # the encoder is a CPU's
-    images = pixels.to(images.device, torch.float32, non_blocking=True)
+    images = pixels.to(images.device, torch.float32)
     return resize(images, size, antialias=False).round().to(torch.uint8)
 
 

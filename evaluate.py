@@ -5,7 +5,7 @@
     python evaluate.py ckpt.pth --report DIR         # a page, DIR/report.html, with the errors
 
 A checkpoint that learnt from drawn plates alone is, without --data, tested on 2,000 others.
-Crops in one folder, without train and test, are scored on those that training held out.
+If training learnt from a folder without train and test, the crops that it held out are scored.
 """
 
 import base64
@@ -118,6 +118,8 @@ def choose_images(root, split, content, learnt):
     config = content["config"]
     learnt_from = content["args"]["data"]
     if not (root or learnt_from):
+        if not plates:
+            raise OSError("drawn plates need assets/; give --data")
         images, texts = plates.fixed_plates(*plates.TEST, config["size"])
         return list(zip(images.permute(0, 2, 3, 1).numpy(), texts)), "drawn plates"
     folder = data.split_folder(root or learnt_from, split)
@@ -240,7 +242,8 @@ polyline { fill: none; stroke: blue; vector-effect: non-scaling-stroke }
 
 
 def chart(title, points):
-    """A line through points (x, y), y in [0, 1], as SVG, scaled to the frame that HEAD names."""
+    """A line through points (x, y) as SVG, scaled to the frame that HEAD names. Above y = 1 the
+    frame cuts it off."""
     width = max(x for x, _ in points)
     line = " ".join(f"{x},{1 - y:.4f}" for x, y in points)
     return (
@@ -270,7 +273,7 @@ def write_report(folder, scores):
         page += f"<br>true {mark(true, pred)}<br>read {mark(pred, true)}<br>{confidence:.4f}"
     (folder / "report.html").write_text(page, "utf8", "replace")
     (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
-    if pictures:
+    if pictures and plates:
         captions = [f"{result.true} {result.pred}" for result in wrong]
         plates.save_sheet(folder / "errors.png", pictures[:64], captions, 4)
 

@@ -95,13 +95,14 @@ class NotebookCRNN(nn.Module):
     multiples = (32, 32)
     steps = 20
 
-    def __init__(self, alphabet, size=(96, 448), rnn="lstm", bidirectional=False):
+    def __init__(self, alphabet, size, rnn, bidirectional):
         super().__init__()
         self.cnn = nn.Sequential()
-        channels = (3, 32, 64, 128, 256, 512)
-        for c_in, c_out in zip(channels, channels[1:]):
+        c_in = 3
+        for c_out in (32, 64, 128, 256, 512):
             self.cnn.append(ConvNorm(c_in, c_out))
             self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2)))
+            c_in = c_out
         self.proj = nn.Linear(size[1] // 32, self.steps)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
         self.fc = nn.Linear(256 * (1 + bidirectional), len(alphabet) + 1)
@@ -191,18 +192,16 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12):
     fitting = {"": patterns}  # the patterns of the plates that each prefix begins
     # as shares of the step's best: products of many small numbers would come to 0
     shares = (log_probs - log_probs.amax(1, keepdim=True)).exp()
-    for step_shares in shares.tolist():
+    for blank_share, *char_shares in shares.tolist():
         following = defaultdict(lambda: [0.0, 0.0])
-        for c, share in enumerate(step_shares):
-            # the blank always: if no character fits the patterns here, it carries the prefix on
-            if share < 1e-3 and c != BLANK:
+        # the blank always: if no character fits the patterns here, it carries the prefix on
+        for prefix, beam in beams.items():
+            following[prefix][0] = sum(beam) * blank_share
+        for char, share in zip(alphabet, char_shares):
+            if share < 1e-3:
                 continue
             for prefix, (ends_blank, ends_char) in beams.items():
                 so_far = ends_blank + ends_char
-                if c == BLANK:
-                    following[prefix][0] += so_far * share
-                    continue
-                char = alphabet[c - 1]
                 if prefix[-1:] == char:
                     # the same character goes on; a new one needs a blank between
                     following[prefix][1] += ends_char * share
@@ -303,7 +302,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = dict(content["model"])
-        if not is_config(**content["config"]) or "labels" not in content["args"]:
+        is_finite = all(tensor.isfinite().all() for tensor in weights.values())
+        if not (is_finite and is_config(**content["config"]) and "labels" in content["args"]):
             raise broken
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
@@ -312,8 +312,6 @@ def load_checkpoint(path, device="cpu"):
         network.load_state_dict(weights)
     except RuntimeError:
         raise broken from None
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
-        raise broken
     network.to(device).eval()
     # each batch-norm becomes part of its convolution: the same function, with less work
     for layer in network.cnn:

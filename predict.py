@@ -45,7 +45,8 @@ READER = Path(__file__).parent / "assets/reader.pth"  # where no checkpoint is n
 
 # What was read from one image.
 # plate: "" if there is an error; an image without a plate gets some plate as well
-# confidence: its probability, in [0, 1]; if unsure, the mean of three views
+# confidence: its probability, in [0, 1]; if unsure, the mean of three views; with adapt, the
+#     adapted posterior
 # alternatives: [(plate, confidence), ...], the likeliest first: the read itself
 # error: "" unless the image could not be read
 Read = namedtuple("Read", "plate confidence alternatives error")
@@ -65,17 +66,16 @@ def plate_patterns(network, grammar):
     return data.PATTERNS if grammar else ()
 
 
-def more_views(images):
-    """Two more views of each image, first one of all, then the other: (B, 3, H, W) to
-    (2 * B, 3, H, W), uint8.
+def more_views(image):
+    """Two more views of an image: uint8 (3, H, W) to (2, 3, H, W).
 
     They come a little closer and tilt the image to either side. What is misread at first sight
     is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
     tilted = [
-        affine(images, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
+        affine(image, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
         for degrees in (2.5, -2.5)
     ]
-    return torch.cat(tilted)
+    return torch.stack(tilted)
 
 
 def read_batch(sources, network, precision, patterns, top, adapt):
@@ -95,34 +95,32 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     shares = model.probabilities(logits, texts, alphabet)
-    answers = [[pair] for pair in zip(texts, shares.tolist())]
-    sure = 0.99 if adapt else 0.8  # adaptation needs the candidates
-    unsure = [
-        k
-        for k, ((text, probability),) in enumerate(answers)
-        if patterns and not (probability > sure and model.is_plate(text, patterns))
-    ]
-    views = list(logits.split(1, 1))  # (T, 1, C) of each image
-    if unsure:
-        tilted = model.predict_logits(network, more_views(images[unsure]), precision)
-        for i, k in enumerate(unsure):
-            views[k] = torch.cat((views[k], tilted[:, i :: len(unsure)]), 1)  # (T, 3, C)
-    for k in range(len(images)) if top > 1 else unsure:
-        strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
-        if adapt:  # the search drops most provinces of a blurred plate
-            others = [
-                char + text[1:]
-                for text in strings[:3]
-                for char in data.PROVINCES
-                if char in alphabet
-            ]
-            strings = list(dict.fromkeys(strings + others))
+    threshold = 0.99 if adapt else 0.8  # adaptation needs the candidates
+    reads = []
+    for k, (text, probability) in enumerate(zip(texts, shares.tolist())):
+        if k in errors:
+            reads.append(Read("", 0.0, [], errors[k]))
+            continue
+        pairs = [(text, probability)]
+        is_sure = not patterns or (probability > threshold and model.is_plate(text, patterns))
+        strings = []
+        if top > 1 or not is_sure:
+            strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if strings:
-            answers[k] = model.candidates(views[k], strings, alphabet)[:40]
-    return [
-        Read("", 0.0, [], errors[k]) if k in errors else Read(*pairs[0], pairs, "")
-        for k, pairs in enumerate(answers)
-    ]
+            if adapt:  # the search drops most provinces of a blurred plate
+                strings += [
+                    char + plate[1:]
+                    for plate in strings[:3]
+                    for char in data.PROVINCES
+                    if char in alphabet
+                ]
+            views = logits[:, [k]]  # (T, 1, C)
+            if not is_sure:
+                tilted = model.predict_logits(network, more_views(images[k]), precision)
+                views = torch.cat((views, tilted), 1)  # (T, 3, C)
+            pairs = model.candidates(views, list(dict.fromkeys(strings)), alphabet)[:40]
+        reads.append(Read(*pairs[0], pairs, ""))
+    return reads
 
 
 def adapt_to_place(reads):
@@ -147,7 +145,7 @@ def adapt_to_place(reads):
         even = sum(counts.values()) / 2 / len(data.PROVINCES)
         adapted = []
         for read in reads:
-            rest = 1.0  # all strings that are no candidates keep their weight
+            total = 1.0  # all strings that are no candidates keep their weight
             weights = Counter()
             for text, share in read.alternatives:
                 # as if each province had been seen half a time before, and each city two times
@@ -155,9 +153,8 @@ def adapt_to_place(reads):
                 province = (in_province + 0.5) / (even + 0.5)
                 city = (counts[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
                 weights[text] = share * province * city
-                rest -= share
-            norm = rest + sum(weights.values())
-            pairs = [(text, weight / norm) for text, weight in weights.most_common()]
+                total += weights[text] - share
+            pairs = [(text, weight / total) for text, weight in weights.most_common()]
             adapted.append(Read(*pairs[0], pairs, "") if pairs else read)
     return adapted
 
@@ -272,7 +269,12 @@ def main(argv=None):
     add("paths", nargs="*", metavar="[CKPT.pth] PATH", help="images, folders, quoted patterns")
     add("--top", type=data.between(int, 1, 12), default=1, help="print the K likeliest plates")
     add("--label", help="a new folder: copy the crops there, named by what was read")
-    add("--above", type=float, default=0.9, help="those less sure go to LABEL/unsure (%(default)s)")
+    add(
+        "--above",
+        type=data.between(float, 0, 1),
+        default=0.9,
+        help="those less sure go to LABEL/unsure (%(default)s)",
+    )
     add("--explain", help="a .png: draw what CTC sees in the first image")
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
@@ -289,6 +291,8 @@ def main(argv=None):
     if args.label and os.path.lexists(args.label):
         raise OSError(f"{args.label}: is there already; name a new folder")
     network = load(checkpoint, args.device)
+    if args.label and "-" in network.config["alphabet"]:
+        raise OSError("--label: a name would not tell its number from a label with -; drop it")
     if args.explain:
         explain(network, paths, args.explain, args.precision, args.grammar)
     good = 0

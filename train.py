@@ -10,9 +10,9 @@
 All of a run is in one file, ckpt.pth: the best weights, the arguments, the history, and until
 the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
 
-Of the options that stand in RECIPES: --warmup is in steps, then the learning rate falls to 0 with
---decay; --clip is the max gradient norm; --prior discounts how often each province occurs among
-the crops.
+Of the options that stand in RECIPES: --warmup is in steps, at most a fifth of the run; with --decay
+the learning rate falls to 0; --clip is the max gradient norm; --prior discounts how often each
+province occurs among the crops.
 """
 
 import argparse
@@ -122,8 +122,9 @@ def parse_arguments(argv):
 
 
 def learning_rate(step, steps, args):
-    """The learning rate of step number `step` of `steps`: a linear warm-up times half a cosine
-    that falls from 1 to 0 (Loshchilov and Hutter, 2017). Without args.decay this factor is 1."""
+    """The learning rate of step number `step` of `steps`: a linear warm-up, at most a fifth of
+    them, times half a cosine that falls from 1 to 0 (Loshchilov and Hutter, 2017). Without
+    args.decay this factor is 1."""
     rise = min(1, (step + 1) / (min(args.warmup, steps // 5) + 1))
     fall = 0.5 + 0.5 * math.cos(math.pi * args.decay * step / steps)
     return args.lr * rise * fall
@@ -304,7 +305,7 @@ def train(args, config):
             scaler.step(optimizer)
             scaler.update()
 
-            # 9) log. A number is asked for only here: a GPU goes on meanwhile.
+            # 9) log. Elsewhere no number is asked for, since a GPU waits for that.
             losses.append(loss.detach())
             if done == 10 or step % 50 == 0 or step == steps:
                 recent = torch.stack(losses[-50:])

@@ -8,6 +8,7 @@ camera of data.py photographs it. The characters come from glyphs.png, see make_
 """
 
 import functools
+import math
 import random
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ CHARACTER_HEIGHT = 90
 WIDTH = 440
 HEIGHT = 140
 RIM = 20  # so much of the car is drawn around every plate
-EXTENT = (WIDTH / (WIDTH + 2 * RIM), HEIGHT / (HEIGHT + 2 * RIM))
+CANVAS_WIDTH = WIDTH + 2 * RIM
+CANVAS_HEIGHT = HEIGHT + 2 * RIM
+EXTENT = (WIDTH / CANVAS_WIDTH, HEIGHT / CANVAS_HEIGHT)
 
 
 class PlateType(NamedTuple):
@@ -85,11 +88,6 @@ def load_glyphs(height, device="cpu"):
     return resize(cells, (height, height // 2)).to(device)
 
 
-def on_device(values, device):
-    """A small tensor on `device`, copied from the CPU without waiting for the device."""
-    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
-
-
 def per_image(count, channels=1):
     """A number in [0, 1] for each image, or for each of its channels: (count, channels, 1, 1)."""
     return rand(count, channels, 1, 1)
@@ -115,7 +113,7 @@ def stamp(plate, mask, x, y, colour, mm):
 
 def draw_surroundings(count, mm):
     """The car around the plate: a colour with soft or hard-edged blotches, which are no strokes."""
-    size = (round((HEIGHT + 2 * RIM) * mm), round((WIDTH + 2 * RIM) * mm))
+    size = (round(CANVAS_HEIGHT * mm), round(CANVAS_WIDTH * mm))
     mode = random.choice(["bilinear", "nearest"])
     blotches = F.interpolate(rand(count, 1, 2, 14) - 0.5, size, mode=mode)
     colour = per_image(count) - 0.25 + 0.5 * per_image(count, 3)
@@ -126,7 +124,7 @@ def draw_background(plate, kind, ink, mm):
     """The colour, on green plates white at the top, and the thin line along the edge, fainter on
     some plates."""
     count, _, height, width = plate.shape
-    darkest, brightest = on_device(kind.ground, plate.device).view(2, 3, 1, 1)
+    darkest, brightest = torch.tensor(kind.ground).view(2, 3, 1, 1)
     ground = darkest.lerp(brightest, per_image(count, 3))
     fade = kind.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
     plate[:] = ground + (0.9 - ground) * fade
@@ -143,7 +141,7 @@ def draw_characters(plate, kind, texts, ink, glyphs, mm):
     codes = [[data.ALPHABET.index(char) for char in text] for text in texts]
     faces = [[random.choice(kind.faces)] for _ in texts]
     # (B, 1) and (B, length) choose (B, length, h, w)
-    masks = glyphs[on_device(faces, plate.device), on_device(codes, plate.device)]
+    masks = glyphs[faces, codes]
     masks = resize(masks, (masks.shape[2], round(kind.width * mm)))
     for mask, x in zip(masks.split(1, 1), kind.lefts):
         # characters are not pressed exactly in place
@@ -255,7 +253,7 @@ def main(argv=None):
     add("out", help="the picture, or the folder, to write")
     add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
     add("--augmented", action="store_true", help="show them as training sees them")
-    add("--count", type=int, default=1000, help="plates to render")
+    add("--count", type=data.between(int, 1, math.inf), default=1000, help="plates to render")
     args = parser.parse_args(argv)
     if args.command == "render":
         render(args.out, args.count)
