@@ -66,16 +66,16 @@ def plate_patterns(network, grammar):
     return data.PATTERNS if grammar else ()
 
 
-def more_views(image):
-    """Two more views of an image: uint8 (3, H, W) to (2, 3, H, W).
+def more_views(images):
+    """Two more views of each image, one after the other: uint8 (B, 3, H, W) to (2 * B, 3, H, W).
 
     They come a little closer and tilt the image to either side. What is misread at first sight
     is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
     tilted = [
-        affine(image, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
+        affine(images, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
         for degrees in (2.5, -2.5)
     ]
-    return torch.stack(tilted)
+    return torch.stack(tilted, 1).flatten(0, 1)
 
 
 def read_batch(sources, network, precision, patterns, top, adapt):
@@ -94,17 +94,25 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             errors[k] = str(error)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
-    shares = model.probabilities(logits, texts, alphabet)
+    pairs = list(zip(texts, model.probabilities(logits, texts, alphabet).tolist()))
     threshold = 0.99 if adapt else 0.8  # adaptation needs the candidates
+    unsure = [
+        k
+        for k, (text, probability) in enumerate(pairs)
+        if patterns and not (probability > threshold and model.is_plate(text, patterns))
+    ]
+    tilted = {}
+    if unsure:
+        views = model.predict_logits(network, more_views(images[unsure]), precision)
+        tilted = dict(zip(unsure, views.split(2, 1)))  # (T, 2, C) of each image
     reads = []
-    for k, (text, probability) in enumerate(zip(texts, shares.tolist())):
+    for k, pair in enumerate(pairs):
         if k in errors:
             reads.append(Read("", 0.0, [], errors[k]))
             continue
-        pairs = [(text, probability)]
-        is_sure = not patterns or (probability > threshold and model.is_plate(text, patterns))
+        answers = [pair]
         strings = []
-        if top > 1 or not is_sure:
+        if top > 1 or k in tilted:
             strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if strings:
             if adapt:  # the search drops most provinces of a blurred plate
@@ -115,11 +123,10 @@ def read_batch(sources, network, precision, patterns, top, adapt):
                     if char in alphabet
                 ]
             views = logits[:, [k]]  # (T, 1, C)
-            if not is_sure:
-                tilted = model.predict_logits(network, more_views(images[k]), precision)
-                views = torch.cat((views, tilted), 1)  # (T, 3, C)
-            pairs = model.candidates(views, list(dict.fromkeys(strings)), alphabet)[:40]
-        reads.append(Read(*pairs[0], pairs, ""))
+            if k in tilted:
+                views = torch.cat((views, tilted[k]), 1)  # (T, 3, C)
+            answers = model.candidates(views, list(dict.fromkeys(strings)), alphabet)[:40]
+        reads.append(Read(*answers[0], answers, ""))
     return reads
 
 

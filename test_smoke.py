@@ -47,7 +47,7 @@ not a checkpoint: predict absent.pth.bak crop.jpg; predict misfit.pth crop.jpg
 no readable path: predict a.jfif; predict zero.jpg; predict pipe.jpg | no images there: predict
 name a new file: predict crop.jpg --export x.xyz; predict crop.png --explain crop.png
 name a new file: evaluate --csv half.pth; evaluate --json no/x.json; train --out empty
-give a number: predict crop.jpg --top 0; train --epochs 0; train --lr nan; train --val 2
+give a number: predict --top 0; predict --above 2; train --epochs 0; train --lr nan; train --val 2
 not on this machine: predict crop.jpg --device cuda:99 | none can be read: evaluate --data bad
 drop yours: train --init ckpt.pth --size 48 128; train --init ckpt.pth --rnn gru
 no labelled: evaluate --data frames; plates show x.png empty | give --data: train --alphabet ab
@@ -58,7 +58,7 @@ neither it nor another: {FAST} --data bad --synthetic 0 | no images there: predi
 has no folder 'xyz': evaluate --data DIR --split xyz | no / in: train --alphabet a/
 name a new folder: predict crop.jpg --label DIR | drop it: predict crop.jpg --adapt --no-grammar"""
 ALONE = [("predict.py ../ckpt.pth ../crop.jpg > /dev/full", "No space"), ("train.py", "assets/")]
-ALONE += [("evaluate.py ../ckpt.pth --data absent", "cannot be listed")]
+ALONE += [("evaluate.py ../ckpt.pth --data no", "listed"), ("evaluate.py ../ckpt.pth", "assets/")]
 # The README's commands are tests, but for those that take long or need what a clone lacks.
 CODE = r"(?:^ {4}|`)python ([\w/]+\.py[^`#]*?)(?=`| *#|\n {4}|\n\n)"
 COMMANDS = re.findall(CODE, Path(HERE, "README.md").read_text("utf8"), re.M)
