@@ -250,7 +250,7 @@ class Test:
             error = abs(data.load_image(paths[0], (140, 440)) - plate).mean()
             assert {*texts} == {"云BD12345", "皖AY339S"} and (error < 25) == bool(option)
 
-    @cases("options, total", [("--adapt", 41.937), ("", 41.885)])
+    @cases("options, total", [("--adapt", 42.415), ("", 42.921)])
     def test_every_way_to_read_gives_the_same(self, run, options, total):
         options += " --precision fp32"
         said = run(f"evaluate --data plates --split train --csv x.csv {options}", "54 images")
@@ -317,7 +317,7 @@ class Test:
         crops = [len(call.args[0]) for call in camera.call_args_list if len(call.args) == 2]
         assert crops == 16 * [6] and [call.args[0] for call in draw.call_args_list].count(14) == 16
         row = torch.load("ckpt.pth")["history"][-1]  # with a senseless prior for the crops alone
-        assert row["val_loss"] == near(0.0625, abs=1e-3) and row["loss"] == near(41.4, rel=0.05)
+        assert row["val_loss"] == near(0.0433, abs=1e-3) and row["loss"] == near(41.4, rel=0.05)
         assert row["images"] == 320 and row["minutes"] < 5
         # torch 2.4 has no LSTM in bf16 for AVX2
         train.EPOCH_IMAGES, half = 8, "bf16" if hasattr(torch, "accelerator") else "fp32"
