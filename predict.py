@@ -101,10 +101,10 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         for k, (text, probability) in enumerate(pairs)
         if patterns and not (probability > threshold and model.is_plate(text, patterns))
     ]
-    tilted = {}
+    tilted = {}  # (T, 2, C) of each unsure image
     if unsure:
-        views = model.predict_logits(network, more_views(images[unsure]), precision)
-        tilted = dict(zip(unsure, views.split(2, 1)))  # (T, 2, C) of each image
+        of_all = model.predict_logits(network, more_views(images[unsure]), precision)
+        tilted = dict(zip(unsure, of_all.split(2, 1)))
     reads = []
     for k, pair in enumerate(pairs):
         if k in errors:
@@ -116,16 +116,17 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if strings:
             if adapt:  # the search drops most provinces of a blurred plate
-                strings += [
+                others = [
                     char + plate[1:]
                     for plate in strings[:3]
                     for char in data.PROVINCES
                     if char in alphabet
                 ]
+                strings = list(dict.fromkeys(strings + others))
             views = logits[:, [k]]  # (T, 1, C)
             if k in tilted:
                 views = torch.cat((views, tilted[k]), 1)  # (T, 3, C)
-            answers = model.candidates(views, list(dict.fromkeys(strings)), alphabet)[:40]
+            answers = model.candidates(views, strings, alphabet)[:40]
         reads.append(Read(*answers[0], answers, ""))
     return reads
 

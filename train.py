@@ -305,7 +305,7 @@ def train(args, config):
             scaler.step(optimizer)
             scaler.update()
 
-            # 9) log. Elsewhere no number is asked for, since a GPU waits for that.
+            # 9) log. A number is asked for only here: to give one, a GPU must be waited for.
             losses.append(loss.detach())
             if done == 10 or step % 50 == 0 or step == steps:
                 recent = torch.stack(losses[-50:])
