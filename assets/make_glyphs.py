@@ -6,8 +6,8 @@ The sheet is grey, white characters on black. A column is a character, a row is 
 in one width of the strokes), and a cell of 24 x 48 pixels is a character of 45 x 90 mm. The columns
 stand in the order of strokes.txt, which must be the order of ALPHABET in data.py. The rows:
 
-    rows 0 to 3    the characters of blue plates, strokes.txt, in four widths of the pen
-    rows 4 to 7    the characters of green plates, strokes_green.txt, in four widths of the pen
+    rows 0 to 4    the characters of blue plates, strokes.txt, in five widths of the pen
+    rows 5 to 9    the characters of green plates, strokes_green.txt, in five widths of the pen
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ from plates import CHARACTER_WIDTH as WIDTH
 ASSETS = Path(__file__).parent
 GRID = np.array([35, 80])  # the largest x and y in strokes.txt; the smallest are 0
 
-BLUE_PENS = (7, 9, 11, 13)  # mm; on real plates 11
-GREEN_PENS = (6, 8, 9.5, 11)  # mm; on real plates 9.5
+BLUE_PENS = (5.5, 7, 9, 11, 13)  # mm; on real plates 11
+GREEN_PENS = (5, 6.5, 8, 9.5, 11)  # mm; on real plates 9.5
 
 # Characters are drawn large and then shrunk, so that their edges are smooth.
 SCALE = 8  # pixels in a mm
@@ -45,8 +45,8 @@ def is_province(char):
 
 def province_pen(paths, pen):
     """The pen in mm for a province: the more paths it has, the thinner, or they would touch."""
-    thinner = 0.87 - 0.02 * paths.count("/")
-    return pen * max(0.5, thinner)
+    thinner = 0.8 - 0.025 * paths.count("/")
+    return pen * max(0.4, thinner)
 
 
 def grid_to_pixels(word, radius):

@@ -50,7 +50,7 @@ class PlateType(NamedTuple):
     width: float = CHARACTER_WIDTH
     lefts: tuple = (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5)  # the characters' left edges
     dot: float = 129.5  # its left edge
-    faces: range = range(0, 4)  # rows of glyphs.png: one typeface in four widths of the pen
+    faces: range = range(0, 5)  # rows of glyphs.png: one typeface in five widths of the pen
 
 
 PLATE_TYPES = (
@@ -67,7 +67,7 @@ PLATE_TYPES = (
         width=40,
         lefts=(14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
         dot=120.75,
-        faces=range(4, 8),  # a typeface of their own
+        faces=range(5, 10),  # a typeface of their own
     ),
 )
 PRACTICE = 0.8  # of the strings that training draws, see random_text
@@ -83,8 +83,8 @@ TEST = (2000, "test")
 def load_glyphs(height, device="cpu"):
     """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
     sheet = Image.open(Path(__file__).with_name("glyphs.png"))
-    rows = pil_to_tensor(sheet) / 255  # (1, faces * CELL_H, 65 * CELL_W)
-    cells = rows.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
+    rows = pil_to_tensor(sheet) / 255  # (1, faces * CELL_H, columns * CELL_W)
+    cells = rows.view(-1, CELL_H, rows.shape[2] // CELL_W, CELL_W).transpose(1, 2)
     return resize(cells, (height, height // 2)).to(device)
 
 
@@ -204,7 +204,7 @@ def text_picture(text, size):
     font = ImageFont.load_default(0.9 * height)  # in which no 1 looks like an I, as on plates
     for k, char in enumerate(text):
         if char in data.PROVINCES:
-            glyph = load_glyphs(height)[0, data.ALPHABET.index(char)]
+            glyph = load_glyphs(height)[2, data.ALPHABET.index(char)]
             draw.bitmap((k * step, 0), to_pil_image(glyph), "black")
         else:
             draw.text((k * step + height // 4, height // 2), char, "black", font, "mm")
