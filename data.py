@@ -11,6 +11,7 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
+import errno
 import io
 import itertools
 import math
@@ -22,6 +23,7 @@ import struct
 import sys
 import tempfile
 import unicodedata
+import uuid
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -40,22 +42,35 @@ from torchvision.transforms.v2.functional import jpeg, pil_to_tensor, resize, to
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # real plates hold no I and no O
 PROVINCES = "云京冀吉宁川新晋桂沪津浙渝湘琼甘皖粤苏蒙藏豫贵赣辽鄂闽陕青鲁黑"
-ALPHABET = DIGITS + LETTERS + PROVINCES
+NOTEBOOK_ALPHABET = DIGITS + LETTERS + PROVINCES  # the baseline's
+# police, driving schools, trailers, Hong Kong, Macau, embassies, consulates
+ALPHABET = NOTEBOOK_ALPHABET + "警学挂港澳使领"
 FUELS = "ABCDEFGHJK"  # the letters that tell how an electric car is driven
 
-# A plate pattern says for every place which characters may stand there: a tuple of strings.
-# The standard (GA 36-2018) allows at most two letters among the last five characters.
-SEVEN = tuple(
-    (PROVINCES, LETTERS, *last)
-    for last in itertools.product((DIGITS, LETTERS), repeat=5)
-    if last.count(LETTERS) <= 2
-)
+
+def seven_characters(*last, city=(PROVINCES, LETTERS)):
+    """The plate patterns of seven characters: the city, digits and letters, and what is `last`.
+
+    A plate pattern says for every position which characters may stand there: a tuple of strings.
+    The standard (GA 36-2018) allows at most two letters behind the city's."""
+    kinds = itertools.product((DIGITS, LETTERS), repeat=5 - len(last))
+    return tuple((*city, *middle, *last) for middle in kinds if middle.count(LETTERS) <= 2)
+
+
+SEVEN = seven_characters()
 EIGHT = (
     (PROVINCES, LETTERS, FUELS) + 5 * (DIGITS,),
     (PROVINCES, LETTERS, FUELS, LETTERS) + 4 * (DIGITS,),
     (PROVINCES, LETTERS) + 5 * (DIGITS,) + (FUELS,),  # lorries and buses
 )
-PATTERNS = SEVEN + EIGHT
+EMBASSY = (("使",) + 6 * (DIGITS,),)
+SPECIAL = seven_characters("警学挂领") + seven_characters("港澳", city="粤Z") + EMBASSY
+PATTERNS = SEVEN + EIGHT + SPECIAL
+
+
+def is_chinese(alphabet):
+    """Whether what is read with `alphabet` are Chinese plates: ours, or that of an older reader."""
+    return set(NOTEBOOK_ALPHABET) <= set(alphabet) <= set(ALPHABET)
 
 
 def normalise(text):
@@ -75,6 +90,10 @@ def read_alphabet(text):
 
 # ---------------------------------------------------------------------------------------
 # Options, messages and files, for all scripts
+
+
+class ImageError(OSError):
+    """An image file is absent, locked, broken or odd: all others can still be read."""
 
 
 def between(kind, low, high):
@@ -130,6 +149,24 @@ def check_output(path, suffix, inputs=()):
         raise OSError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
+def write_file(path, content):
+    """Write bytes, or text as UTF-8, to `path`: all of it or nothing. Raises OSError."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    target = Path(path).resolve()  # a link is followed, not replaced
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: cannot be written (a folder or a device)")
+    partial = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        try:
+            partial.write_bytes(content)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def make_parser(text):
     """A parser of a script's options, and what adds one; `text` tells what the script does."""
     parser = argparse.ArgumentParser(
@@ -149,7 +186,10 @@ def machine_options(add):
 
 # A plate that breaks a rule still teaches, so this is looser than PATTERNS. What ends in "~" is
 # a guess that nobody has confirmed (predict.py --label).
-PLATE = re.compile(rf"([{PROVINCES}][{LETTERS}])[\W_]*([0-9A-Z]{{5,6}})(?![0-9A-Z~])")
+PLATE = re.compile(
+    rf"([{PROVINCES}][{LETTERS}]|使(?=[\W_]*\d{{6}}))[\W_]*"
+    rf"([0-9A-Z]{{5,6}}|[0-9A-Z]{{4,5}}[警学挂港澳领])(?![0-9A-Z~警学挂港澳领])"
+)
 REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
 UNLABELLED = (
@@ -161,19 +201,20 @@ UNLABELLED = (
 def parse_label(path, alphabet=ALPHABET):
     """The label of a crop, from its file name: (text, remark). text is "" if there is none.
 
-    With the default alphabet: the one plate that stands behind the last "-", or else in the whole
-    name. Plates hold no O and no I, so these are read as 0 and 1. With any other alphabet: what
-    stands behind the last "-", or the whole name if "-" is one of its characters. The remark says
-    what was odd, in words for many files; mostly it is empty."""
+    With the alphabet of Chinese plates: the one plate that stands behind the last "-", or else in
+    the whole name. Plates hold no O and no I, so these are read as 0 and 1. With any other
+    alphabet: what stands behind the last "-", or the whole name if "-" is one of its characters.
+    The remark says what was odd, in words for many files; mostly it is empty."""
     name = normalise(Path(path).stem)
     last = name if "-" in alphabet else name.split("-")[-1]
-    if alphabet == ALPHABET:
+    if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511H_2
         plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
         if len(plates) == 1:
             city, number = plates.pop()
             repaired = number.translate(REPAIR)
-            return city + repaired, REPAIRED if repaired != number else ""
+            if set(city + repaired) <= set(alphabet):  # that of an older reader has less
+                return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
         return last, ""
     return "", UNLABELLED
@@ -246,8 +287,22 @@ def is_held_out(text, share):
 # Images
 
 
+# Errors of the system that are those of one file: it is absent, locked, a folder, or has a name
+# that cannot be. Pillow's own have no number. All others, such as of a failing disk, end the run.
+OF_THE_FILE = {
+    None,
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+
+
 def open_image(source):
-    """One image as an upright RGB Pillow image. Raises OSError.
+    """One image as an upright RGB Pillow image. Raises ImageError.
 
     source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An
     array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
@@ -284,8 +339,11 @@ def open_image(source):
         Image.DecompressionBombError,
     ) as error:
         name = source if is_path else type(source).__name__
+        number = getattr(error, "errno", None)
+        if number not in OF_THE_FILE:
+            raise OSError(f"{name}: {error.strerror}") from None
         what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
-        raise OSError(f"{name}: {what} ({printable(error)[:100]})") from None
+        raise ImageError(f"{name}: {what} ({printable(error)[:100]})") from None
 
 
 def load_image(source, size):
@@ -295,7 +353,7 @@ def load_image(source, size):
 
 def in_threads(function, items, *options):
     """Yield in order what the function returns for each item and the options. Items for which it
-    raises an OSError of ours are left out, and stderr names them at the end.
+    raises an ImageError are left out, and stderr names them at the end.
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
@@ -308,10 +366,8 @@ def in_threads(function, items, *options):
             while waiting:
                 try:
                     yield waiting.popleft().result()
-                except OSError as error:
-                    if error.errno:  # the system's own, such as a full disk: no single item's
-                        raise
-                    errors.append(error)
+                except ImageError as error:
+                    errors.append(str(error))  # itself it would keep the file's pixels
                 waiting.extend(itertools.islice(futures, 1))
     finally:
         torch.set_num_threads(threads)  # or threads that start later would have one core too
@@ -475,7 +531,7 @@ CCPD_TABLES = [CCPD_PROVINCES, LETTERS + "O"] + 6 * [LETTERS + DIGITS + "O"]  # 
 
 
 def cut_frame(path, frames, out, rectify):
-    """Cut the plate out of one photograph, to `out` as it stands below `frames`. Raises OSError.
+    """Cut the plate out of one photograph, to `out` as it stands below `frames`. Raises ImageError.
 
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
@@ -486,11 +542,11 @@ def cut_frame(path, frames, out, rectify):
         quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
         plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
     except (ValueError, IndexError):
-        raise OSError(f"{path}: its name is not that of a CCPD photograph") from None
+        raise ImageError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
     is_inside = left < right <= image.width and top < bottom <= image.height
     if not (PLATE.fullmatch(plate) and is_inside):
-        raise OSError(f"{path}: the plate in its name is none, or outside the photograph")
+        raise ImageError(f"{path}: the plate in its name is none, or outside the photograph")
     plate_image = image.crop(box)
     if rectify:
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)

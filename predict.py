@@ -62,7 +62,7 @@ def plate_patterns(network, grammar):
 
     grammar None: yes for networks that read Chinese plates. The baseline's reads were greedy."""
     if grammar is None:
-        grammar = network.config["alphabet"] == data.ALPHABET
+        grammar = data.is_chinese(network.config["alphabet"])
     return data.PATTERNS if grammar else ()
 
 

@@ -53,6 +53,7 @@ SMALL = {
     "augment": True,
 }
 NOTEBOOK = {
+    "alphabet": data.NOTEBOOK_ALPHABET,
     "size": [96, 448],
     "bidirectional": False,
     "epochs": 5,
@@ -132,7 +133,7 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
-    can_draw = plates and set(data.ALPHABET) <= set(args.alphabet)
+    can_draw = plates and set(data.NOTEBOOK_ALPHABET) <= set(args.alphabet)
     share = args.synthetic if num_crops else 1.0
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
@@ -152,7 +153,8 @@ def province_prior(texts, alphabet):
     there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
     counts = Counter(text[0] for text in texts)
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
-    numbers = [counts[char] + smallest if char in data.PROVINCES else 0.0 for char in alphabet]
+    provinces = data.PROVINCES if data.is_chinese(alphabet) else ""
+    numbers = [counts[char] + smallest if char in provinces else 0.0 for char in alphabet]
     share = torch.tensor([0.0, *numbers]) / sum(numbers)  # the blank's first
     # over the crops log(share) has the mean -entropy: with the entropy added the mean is 0, and
     # provinces gain nothing against other classes
