@@ -4,30 +4,29 @@
     python evaluate.py ckpt.pth --data DIR --csv predictions.csv --json metrics.json
     python evaluate.py ckpt.pth --report DIR         # a page, DIR/report.html, with the errors
 
-A checkpoint that learnt from drawn plates alone is, without --data, tested on 2,000 others.
-If training learnt from a folder without train and test, the crops that it held out are scored.
+It reads with predict.py's own function, so what is scored is what users get; train.py takes its
+metrics from here. A checkpoint that learnt from drawn plates alone is, without --data, tested on
+2,000 others.
+
+A plate that was learnt is no test: wherever --split is not train, crops with a label that the
+checkpoint has learnt are left out, in whatever folder they lie, and their number is said. Of a
+folder without train and test this leaves the crops that training held out. These also chose which
+weights to keep, so they flatter a little, and the title says so.
 """
 
 import base64
 import csv
 import html
+import io
 import json
 import math
 import os
 from collections import Counter, namedtuple
-from difflib import SequenceMatcher
 from pathlib import Path
-
-from torchvision.io import encode_png
 
 import data
 import model
 import predict
-
-try:
-    from assets import plates
-except ImportError:  # this file was copied without assets/: it can score crops
-    plates = None
 
 # ---------------------------------------------------------------------------------------
 # Metrics. trues and preds are lists of strings, the true ones and those read.
@@ -71,14 +70,25 @@ def wilson(share, n):
     return centre - spread, centre + spread
 
 
-def count_right(pairs):
-    """Of pairs (key, is it right?): {key: (right ones, all)}, by key."""
-    right = Counter()
-    total = Counter()
-    for key, is_right in pairs:
-        right[key] += is_right
-        total[key] += 1
+def count_right(keys, rights):
+    """{key: (right ones, all)}, by key. rights: which of the keys stand for what is right."""
+    right = Counter(key for key, is_right in zip(keys, rights) if is_right)
+    total = Counter(keys)
     return {key: (right[key], total[key]) for key in sorted(total)}
+
+
+def align(true, pred):
+    """What was read for each true character, by the fewest edits: [(character, read), ...].
+
+    It is "" for a character that is missing, and two or more if there are some too many."""
+    if true == pred:
+        return list(zip(true, pred))
+    # the longest start of the read that costs no more edits than any other
+    k = min(
+        reversed(range(len(pred) + 1)),
+        key=lambda k: levenshtein(true[0], pred[:k]) + levenshtein(true[1:], pred[k:]),
+    )
+    return [(true[0], pred[:k]), *align(true[1:], pred[k:])]
 
 
 def calibration_error(confidences, rights):
@@ -93,44 +103,44 @@ def calibration_error(confidences, rights):
     return sum(map(abs, excess.values())) / len(rights)
 
 
-def compare(trues, preds):
-    """[(place from 1 on, true character, character read), ...], over reads of the right length:
-    with another length one cannot say which character stands for which."""
-    return [
-        (k, a, b)
-        for true, pred in zip(trues, preds)
-        if len(true) == len(pred)
-        for k, (a, b) in enumerate(zip(true, pred), 1)
-    ]
-
-
 # ---------------------------------------------------------------------------------------
 # Reading a data set
 
 
-# one labelled image, and what was read from it; the source is a path, or an array
-Result = namedtuple("Result", "name true pred confidence source")
+# One labelled image, and what was read from it. name: its path below the folder given;
+# source: a path, or an array.
+Result = namedtuple("Result", "name true source pred confidence")
 
 
-def choose_images(root, split, content, learnt):
-    """What to score: ([(source, true string), ...], what they are). content: that of the
-    checkpoint; learnt: the hashes of the labels it learnt."""
-    config = content["config"]
-    learnt_from = content["args"]["data"]
-    if not (root or learnt_from):
-        if not plates:
-            raise OSError("drawn plates need assets/; give --data")
-        images, texts = plates.fixed_plates(*plates.TEST, config["size"])
-        return list(zip(images.permute(0, 2, 3, 1).numpy(), texts)), "drawn plates"
-    folder = data.split_folder(root or learnt_from, split)
-    crops = data.find_crops(folder, config["alphabet"])
-    title = f"images of {folder}"
-    if split != "train" and learnt_from and os.path.isdir(learnt_from):
-        learnt_folder = data.split_folder(learnt_from, "train").resolve()
-        if folder.resolve().is_relative_to(learnt_folder):
-            crops = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
-            title += " that training held out"
-    return crops, title
+def choose_images(root, split, content):
+    """What to score: ([(name, true string, source), ...], what they are, how many were there).
+
+    content: that of the checkpoint; without `root` it is what this learnt from."""
+    args = content["args"]
+    if not (root or args["data"]):
+        try:
+            from assets import plates
+        except ImportError:  # this file was copied without assets/: it can score crops
+            raise OSError("drawn plates need assets/; give --data") from None
+        images, texts = plates.fixed_plates(*plates.TEST, content["config"]["size"])
+        arrays = images.permute(0, 2, 3, 1).numpy()
+        return list(zip(texts, texts, arrays)), "drawn plates", len(texts)
+    whose = "" if root else "the checkpoint's folder "
+    root = root or args["data"]
+    folder = data.split_folder(root, split)
+    labelled = data.label_images(folder, content["config"]["alphabet"])
+    crops = [(str(path.relative_to(root)), text, path) for path, text, _ in labelled if text]
+    title = f"images of {whose}{folder}"
+    if split != "train":
+        # by labels, since folders are moved, copied and added to
+        learnt = set(args["labels"])
+        tests = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
+        if len(tests) < len(crops):
+            title += (
+                f", without {len(crops) - len(tests):,} learnt; those held out chose the weights"
+            )
+        crops = tests
+    return crops, title, len(labelled)
 
 
 def evaluate(
@@ -142,38 +152,43 @@ def evaluate(
     predict.read. The dict's "reads" is a list of Results, all else in it are plain types."""
     device = model.pick_device(device)
     network, content = model.load_checkpoint(checkpoint, device)
-    learnt = set(content["args"]["labels"])
-    crops, title = choose_images(root, split, content, learnt)
-    sources = [crop[0] for crop in crops]
+    crops, title, total = choose_images(root, split, content)
+    sources = [source for _, _, source in crops]
     # the very function that predict.py reads with: what is scored is what users get
     reads = list(predict.read(network, sources, precision, grammar, adapt=adapt))
     data.warn("files left out", [read.error for read in reads if read.error])
     results = [
-        # an array has no file name
-        Result(getattr(source, "name", true), true, read.plate, read.confidence, source)
-        for (source, true), read in zip(crops, reads)
+        Result(*crop, read.plate, read.confidence)
+        for crop, read in zip(crops, reads)
         if not read.error
     ]
     if not results:
-        raise OSError(f"{title}: none, or none can be read; check the files, or add a test folder")
-    _, trues, preds, confidences, _ = zip(*results)
+        raise OSError(f"{title}: no labelled crops but those learnt, or none can be read; add some")
+    _, trues, _, preds, confidences = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
-    places = compare(trues, preds)
-    seen = ["seen" if data.hash_label(true) in learnt else "unseen" for true in trues]
-    patterns = predict.plate_patterns(network, grammar)
-    decoding = "best plate, three views if unsure" if patterns else "greedy"
+    aligned = [
+        (position, *pair)
+        for true, pred in zip(trues, preds)
+        for position, pair in enumerate(align(true, pred), 1)
+    ]
+    positions, chars, char_reads = zip(*aligned)
+    char_rights = list(map(str.__eq__, chars, char_reads))
+    decoding = "best plate of three views" if predict.plate_patterns(network, grammar) else "greedy"
+    if adapt:
+        decoding += ", adapted to the location"
     scores = metrics(trues, preds)
     return scores | {
         "title": data.printable(f"{len(results):,} {title}, read by {checkpoint}"),
-        "decoding": f"{device} {precision or model.pick_precision(device)}, {decoding}"
-        f"{', adapted to the place' if adapt else ''}",
+        "decoding": f"{device} {precision or model.pick_precision(device)}, {decoding}",
+        "left_out": total - len(results),
+        "errors": rights.count(False),
         "interval": wilson(scores["accuracy"], len(results)),
         "calibration_error": calibration_error(confidences, rights),
-        "by_confidence": count_right((round(c, 1), right) for c, right in zip(confidences, rights)),
-        "by_position": count_right((k, a == b) for k, a, b in places),
-        "by_first": count_right((true[0], right) for true, right in zip(trues, rights)),
-        "by_training": count_right(zip(seen, rights)),
-        "confusions": Counter((a, b) for _, a, b in places if a != b).most_common(20),
+        "by_confidence": count_right([round(confidence, 1) for confidence in confidences], rights),
+        "by_position": count_right(positions, char_rights),
+        "by_first": count_right([true[0] for true in trues], rights),
+        "by_character": count_right(chars, char_rights),
+        "confusions": Counter((a, b) for _, a, b in aligned if a != b).most_common(20),
         "history": content["history"],
         "reads": results,
     }
@@ -183,14 +198,16 @@ def evaluate(
 # What is printed and written
 
 
-def wrong_reads(scores):
-    """The wrong reads, the most confident first: these tell most, be it of a wrong label."""
-    wrong = (result for result in scores["reads"] if result.true != result.pred)
-    return sorted(wrong, key=lambda result: -result.confidence)
+def telling_reads(scores):
+    """The wrong reads, the most confident first: these tell most, be it of a wrong label. If
+    nothing is wrong: all reads, the least sure first."""
+    reads = sorted(scores["reads"], key=lambda result: result.confidence)
+    return [result for result in reversed(reads) if result.true != result.pred] or reads
 
 
 SCORES = """{title}
 read with    {decoding}
+left out     {left_out:,}
 accuracy     {accuracy:.4f}   95% interval {interval[0]:.4f} to {interval[1]:.4f}
 CER          {cer:.5f}
 Levenshtein  {levenshtein:.4f}
@@ -199,83 +216,85 @@ calibration  {calibration_error:.4f} expected error of the confidences"""
 
 def describe(scores):
     """The three metrics, where the errors are, and the confusions: a text of some lines."""
-    lines = [SCORES.format(**scores)]
-    for name in ("position", "first", "training"):
-        shares = "  ".join(
-            f"{key} {right / n:.4f} of {n}" for key, (right, n) in scores[f"by_{name}"].items()
+    text = SCORES.format(**scores)
+    for name in ("position", "first"):
+        shares = sorted(
+            f"{right / n:.4f} {key} ({n:,})" for key, (right, n) in scores[f"by_{name}"].items()
         )
-        lines.append(f"{name:11}  {shares}")
-    pairs = "  ".join(f"{a}-{b} {count}" for (a, b), count in scores["confusions"])
-    wrong = wrong_reads(scores)
-    lines += [f"confusions   {pairs}", f"errors       {len(wrong):,}"]
-    for name, true, pred, confidence, _ in wrong[:5]:
-        lines.append(f"  {data.printable(name)}  true {true}  read {pred}  {confidence:.3f}")
-    return "\n".join(lines)
+        text += f"\n{name:11}  {'  '.join(shares)}"
+    confusions = [f"{a}-{b or 'none'} {count}" for (a, b), count in scores["confusions"]]
+    text += f"\nconfusions   {'  '.join(confusions)}\nerrors       {scores['errors']:,}"
+    for result in telling_reads(scores)[:5]:
+        text += f"\n  {data.printable(result.name)}  true {result.true}  read {result.pred}"
+        text += f"  {result.confidence:.3f}"
+    return text
 
 
 def write_table(path, results):
-    """Write a CSV file: filename, true, pred, confidence, same."""
-    # utf-8-sig: spreadsheets look for its mark; surrogateescape: a name may be no UTF-8
-    with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["filename", "true", "pred", "confidence", "same"])
-        for name, true, pred, confidence, _ in results:
-            table.writerow([name, true, pred, f"{confidence:.6f}", true == pred])
+    """Write a CSV file: filename, true, pred, confidence, same.
+
+    What a spreadsheet would run as a formula gets an apostrophe in front."""
+    file = io.StringIO()
+    # spreadsheets look for the mark in front
+    file.write("\ufefffilename,true,pred,confidence,same\r\n")
+    table = csv.writer(file)
+    for name, true, _, pred, confidence in results:
+        cells = [f"'{x}" if x.startswith(tuple("=+-@\t\r")) else x for x in (name, true, pred)]
+        table.writerow([*cells, f"{confidence:.6f}", true == pred])
+    data.write_file(path, file.getvalue())
 
 
-def mark(text, other):
-    """`text` as HTML, in which what differs from `other` is marked."""
-    marked = ""
-    # aligned, so that after a missing character the others still match
-    for kind, start, end, *_ in SequenceMatcher(None, text, other).get_opcodes():
-        part = html.escape(text[start:end])
-        marked += part if kind == "equal" else f"<mark>{part}</mark>"
-    return marked
+HEAD = """<!doctype html><!-- by evaluate.py --><html lang="zh"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Report</title>
+<style> pre { white-space: pre-wrap } td { padding: 0 1em } </style>"""
 
 
-HEAD = """<!doctype html><html lang="zh"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>Report</title><style>
-pre { white-space: pre-wrap }
-svg { width: 420px; height: 150px; border: 1px solid }
-polyline { fill: none; stroke: blue; vector-effect: non-scaling-stroke }
-</style>"""
-
-
-def chart(title, points):
-    """A line through points (x, y) as SVG, scaled to the frame that HEAD names. Above y = 1 the
-    frame cuts it off."""
-    width = max(x for x, _ in points)
-    line = " ".join(f"{x},{1 - y:.4f}" for x, y in points)
-    return (
-        f'<h2>{title}</h2><svg viewBox="0 0 {width} 1" preserveAspectRatio="none">'
-        f'<polyline points="{line}"/></svg>'
-    )
-
-
-def write_report(folder, scores):
-    """Write folder/report.html, predictions.csv and errors.png."""
-    folder = Path(folder)
+def check_report(folder):
+    """The page of a report, whose folder is made. Raises OSError for one that holds other files
+    and no earlier report."""
+    page = Path(folder, "report.html")
     os.makedirs(folder, exist_ok=True)
-    write_table(folder / "predictions.csv", scores["reads"])
-    page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>"
-    points = [(key, right / n) for key, (right, n) in scores["by_confidence"].items()]
-    page += chart("Share of right reads by confidence", points)
-    for key in ("loss", "accuracy", "cer"):
-        points = [(row["images"], row[key]) for row in scores["history"] if key in row]
-        if points:
-            page += chart(f"{key} by images seen, from 0 to 1", points)
-    page += "<h2>Errors, the most confident first</h2><table>"
-    wrong = wrong_reads(scores)[:500]
-    pictures = [data.load_image(result.source, (64, 256)) for result in wrong]
-    for (name, true, pred, confidence, _), picture in zip(wrong, pictures):
-        image = base64.b64encode(encode_png(picture).numpy()).decode()
-        page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(name)}'
-        page += f"<br>true {mark(true, pred)}<br>read {mark(pred, true)}<br>{confidence:.4f}"
-    (folder / "report.html").write_text(page, "utf8", "replace")
-    (folder / "errors.png").unlink(missing_ok=True)  # that of an earlier report
-    if pictures and plates:
-        captions = [f"{result.true} {result.pred}" for result in wrong]
-        plates.save_sheet(folder / "errors.png", pictures[:64], captions, 4)
+    if os.listdir(folder) and not (page.is_file() and b"by evaluate.py" in page.read_bytes()):
+        raise OSError(f"{folder}: holds files that are no report; name a new folder")
+    data.check_output(page, ".html")
+    return page
+
+
+def epochs_table(history):
+    """The rows of a checkpoint's history as HTML; an accuracy also as a bar."""
+    names = list(dict.fromkeys(str(name) for row in history for name in row))
+    page = f"<h2>Epochs</h2><table><tr><th>{'<th>'.join(map(html.escape, names))}"
+    for row in history:
+        page += "<tr>"
+        for name in names:
+            value = row.get(name, "")
+            text = html.escape(f"{value:.4f}" if isinstance(value, float) else str(value))
+            bar = f'<meter value="{text}"></meter> ' if "accuracy" in name else ""
+            page += f"<td>{bar}{text}"
+    return page + "</table>"
+
+
+def write_report(path, scores):
+    """Write the scores, tables of where the errors are, and their pictures as a page of HTML."""
+    page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>{epochs_table(scores['history'])}"
+    for name in ("confidence", "first", "position", "character"):
+        page += f"<h2>Right by {name}</h2><table>"
+        for key, (right, n) in scores[f"by_{name}"].items():
+            share = f"{right / n:.4f}"
+            page += f'<tr><td>{html.escape(str(key))}<td><meter value="{share}"></meter> {share}'
+            page += f"<td>{right:,} of {n:,}"
+        page += "</table>"
+    page += "<h2>Errors, the surest first; if there are none, the least sure reads</h2><table>"
+    for result in telling_reads(scores)[:500]:
+        file = io.BytesIO()
+        data.open_image(result.source).resize((256, 64)).save(file, "PNG")
+        image = base64.b64encode(file.getvalue()).decode()
+        page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(result.name)}'
+        page += f"<br>{result.confidence:.4f}<br>true {html.escape(result.true)}<br>read "
+        for char, char_read in align(result.true, result.pred):
+            text = html.escape(char_read)
+            page += text if char_read == char else f"<mark>{text or '_'}</mark>"
+    data.write_file(path, page)
 
 
 @data.one_sentence()
@@ -286,23 +305,25 @@ def main(argv=None):
     add("--split", type=str.lower, default="test", help="folder of --data (default: %(default)s)")
     add("--csv", help="write a table here: filename, true, pred, confidence, same")
     add("--json", help="write the scores here")
-    add("--report", help="a folder: write report.html and its pictures there")
+    add("--report", help="a new folder: write report.html there")
     predict.reading_options(add)
     args = vars(parser.parse_args(argv))
-    table, numbers, report = (args.pop(name) for name in ("csv", "json", "report"))
-    if table:
-        data.check_output(table, ".csv")
-    if numbers:
-        data.check_output(numbers, ".json")
+    csv_path, json_path, report = (args.pop(name) for name in ("csv", "json", "report"))
+    if report:
+        page = check_report(report)
+    if csv_path:
+        data.check_output(csv_path, ".csv")
+    if json_path:
+        data.check_output(json_path, ".json")
     scores = evaluate(**args)
     print(describe(scores))
-    if table:
-        write_table(table, scores["reads"])
-    if numbers:
-        Path(numbers).write_text(json.dumps(scores | {"reads": len(scores["reads"])}, indent=1))
+    if csv_path:
+        write_table(csv_path, scores["reads"])
+    if json_path:
+        data.write_file(json_path, json.dumps(scores | {"reads": len(scores["reads"])}, indent=1))
     if report:
-        write_report(report, scores)
-        print("report      ", Path(report, "report.html").resolve().as_uri())
+        write_report(page, scores)
+        print("report      ", page.resolve().as_uri())
 
 
 if __name__ == "__main__":

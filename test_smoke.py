@@ -217,9 +217,10 @@ class Test:
             assert evaluate.levenshtein(a, b) == evaluate.levenshtein(b, a) == edits
         pair = (["皖A27N53", "皖A12345", "ab"], ["皖A7N53", "皖B12346", "ab"])
         assert evaluate.metrics(*pair) == near({"accuracy": 1 / 3, "cer": 3 / 16, "levenshtein": 1})
-        assert evaluate.compare(*pair)[6] == (7, "5", "6") and len(evaluate.compare(*pair)) == 9
+        aligned = evaluate.align("皖A27N53", "A27NN5")
+        assert [read for _, read in aligned] == ["", "A", "2", "7N", "N", "5", ""]
         assert evaluate.wilson(0.9, 100) == near((0.8256, 0.9448), abs=1e-4)
-        assert evaluate.count_right([("b", 1), ("a", 0), ("b", 0)]) == {"a": (0, 1), "b": (1, 2)}
+        assert evaluate.count_right("bab", [1, 0, 0]) == {"a": (0, 1), "b": (1, 2)}
         assert evaluate.calibration_error([0.9, 0.9, 0.15, 1], [1, 0, 0, 1]) == near(0.95 / 4)
         watch(model.timeit, "repeat", [[3.0], [1.0], [1.0], [1.0]])  # seconds: fp32, bf16, again
         precisions = [model.pick_precision.__wrapped__(torch.device("cpu")) for _ in "ab"]
@@ -294,17 +295,16 @@ class Test:
         run("evaluate --data empty --report out --json x.json", "file://; errors       3")
         page = Path("out/report.html").read_text("utf8")
         assert "&lt;b&gt;皖A00000.jpg" in page and "<b>" not in page
-        assert [page.count(tag) for tag in ("<img", "<polyline", "<mark>")] == [3, 4, 8]
-        assert Image.open("out/errors.png").width == 776
+        assert [page.count(tag) for tag in ("<img", "<h2>")] == [3, 6] and "<mark>" in page
         assert '"by_first":{"\\u7696":[0,3]}' in "".join(Path("x.json").read_text().split())
         run(f"{TINY} --out flat.pth --data plates/train", "on 4; held out")
         learnt = len(torch.load("flat.pth", weights_only=True)["args"]["labels"])
-        said = run("evaluate flat.pth", f"that training held out; {54 - learnt} images; unseen")
-        assert " seen" not in said
-        run("evaluate flat.pth --split Train", f"54 images; of {learnt}; seen; unseen")
-        run("evaluate flat.pth --data plates", "6 images; unseen")
+        said = f"{54 - learnt} images; without {learnt} learnt; held out chose the weights"
+        run("evaluate flat.pth", said)
+        run("evaluate flat.pth --split Train", "54 images")
+        run("evaluate flat.pth --data plates", "6 images")
         run(f"{TINY} --init flat.pth --data plates --out tuned.pth --val 0.9")
-        run("evaluate tuned.pth --data plates/train", f"{54 - learnt} images; held out")
+        run("evaluate tuned.pth --data plates/train", f"{54 - learnt} images; without {learnt}")
 
     def test_a_batch_its_learning_rate_and_its_prior(self, run):
         camera, draw = watch(data, "camera"), watch(plates, "draw_plates")

@@ -32,7 +32,10 @@ import data
 import evaluate
 import model
 
-plates = evaluate.plates  # None if train.py was copied without assets/: it can learn from crops
+try:
+    from assets import plates
+except ImportError:  # this file was copied without assets/: it can learn from crops
+    plates = None
 
 # All that differs between the recipes: each number and each switch is an option as well, such as
 # --batch-size or --no-augment. The baseline's values are its own.
