@@ -12,6 +12,7 @@ Copy this file into any project; it imports no other of ours.
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import math
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import linspace, rand, randn
-from torchvision.transforms.v2.functional import jpeg, pil_to_tensor, resize, to_dtype
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
 # ---------------------------------------------------------------------------------------
 # The alphabet
@@ -473,6 +474,62 @@ def blur(images):
     return blurred + 1.4 * random.random() ** 2 * halo
 
 
+# By how much a file of quality 50 rounds each cosine wave in 8 x 8 pixels, from coarse to fine, for
+# brightness and for colour (ITU-T T.81, annex K)
+LUMA_STEPS = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56
+14 17 22 29 51 87 80 62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92
+49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+COLOUR_STEPS = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99
+47 66 99 99 99 99 99 99""" + (32 * " 99")
+# brightness, and how much bluer and redder than grey, from red, green and blue
+YCC = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
+
+
+@functools.lru_cache
+def jpeg_tables(device):
+    """The cosine waves of 8 pixels, (8, 8), the steps, (2, 8, 8), YCC and its inverse. To copy them
+    to a GPU waits, so it is done once."""
+    k = torch.arange(8.0).view(-1, 1)
+    waves = (math.pi / 16 * k * (2 * k.T + 1)).cos() / 2
+    waves[0] /= math.sqrt(2)  # now all have length 1, and the transpose is the inverse
+    steps = torch.tensor([float(step) for step in (LUMA_STEPS + " " + COLOUR_STEPS).split()])
+    ycc = torch.tensor(YCC)
+    return [x.to(device) for x in (waves, steps.view(2, 8, 8), ycc, ycc.inverse())]
+
+
+def mix(matrix, images):
+    """Other channels from those of images (B, 3, H, W), each a weighted sum of theirs."""
+    return torch.einsum("ij,bjhw->bihw", matrix, images)
+
+
+def round_waves(planes, waves, steps):
+    """Planes (B, C, H, W) whose blocks of 8 x 8 pixels were taken apart into cosine waves, and
+    the amount of each rounded to a multiple of its step (B, 1, 8, 8)."""
+    # (B, C, H / 8, W / 8, 8, 8)
+    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    amounts = waves @ blocks.flatten(1, 3) @ waves.T
+    rounded = waves.T @ ((amounts / steps).round() * steps) @ waves
+    return rounded.view_as(blocks).transpose(3, 4).reshape(planes.shape)
+
+
+def jpeg(images, quality):
+    """What a JPEG file keeps of images (B, 3, H, W) in [0, 255]; quality: (B, 1, 1, 1).
+
+    It keeps little of what eyes hardly see: colours at half the size, fine waves roughly."""
+    waves, tables, ycc, rgb = jpeg_tables(images.device)
+    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    steps = [((table * percent + 50) // 100).clamp(1, 255) for table in tables]
+    height, width = images.shape[2:]
+    padded = F.pad(images - 128, (0, -width % 16, 0, -height % 16), mode="replicate")
+    luma, colours = mix(ycc, padded).split((1, 2), 1)
+    luma = round_waves(luma, waves, steps[0])
+    half = [side // 2 for side in padded.shape[2:]]
+    colours = round_waves(resize(colours, half, antialias=False), waves, steps[1])
+    colours = resize(colours, padded.shape[2:], antialias=False)
+    pixels = mix(rgb, torch.cat((luma, colours), 1)) + 128
+    return pixels[:, :, :height, :width].clamp(0, 255)
+
+
 def photograph(images, size, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
     # fewer pixels than the network's input, in each direction by a factor of its own; the last
@@ -483,8 +540,7 @@ def photograph(images, size, extent):
     images = resize(images, sensor)
     noise = 0.05 * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
-    pixels = jpeg(images.to("cpu", torch.uint8), random.randint(35, 95))  # the encoder is a CPU's
-    images = pixels.to(images.device, torch.float32)
+    images = jpeg(images, torch.randint(35, 96, (len(images), 1, 1, 1)))
     return resize(images, size, antialias=False).round().to(torch.uint8)
 
 
