@@ -78,17 +78,17 @@ def count_right(keys, rights):
 
 
 def align(true, pred):
-    """What was read for each true character, by the fewest edits: [(character, read), ...].
+    """What was read for each true character, by the fewest edits: a list of strings.
 
-    It is "" for a character that is missing, and two or more if there are some too many."""
+    One is "" if its character is missing, and longer if the read has some too many."""
     if true == pred:
-        return list(zip(true, pred))
+        return list(true)
     # the longest start of the read that costs no more edits than any other
     k = min(
         reversed(range(len(pred) + 1)),
         key=lambda k: levenshtein(true[0], pred[:k]) + levenshtein(true[1:], pred[k:]),
     )
-    return [(true[0], pred[:k]), *align(true[1:], pred[k:])]
+    return [pred[:k], *align(true[1:], pred[k:])]
 
 
 def calibration_error(confidences, rights):
@@ -117,7 +117,11 @@ def choose_images(root, split, content):
 
     content: that of the checkpoint; without `root` it is what this learnt from."""
     args = content["args"]
-    if not (root or args["data"]):
+    whose = ""
+    if root is None:
+        root = args["data"]
+        whose = "the checkpoint's folder "
+    if root is None:
         try:
             from assets import plates
         except ImportError:  # this file was copied without assets/: it can score crops
@@ -125,19 +129,20 @@ def choose_images(root, split, content):
         images, texts = plates.fixed_plates(*plates.TEST, content["config"]["size"])
         arrays = images.permute(0, 2, 3, 1).numpy()
         return list(zip(texts, texts, arrays)), "drawn plates", len(texts)
-    whose = "" if root else "the checkpoint's folder "
-    root = root or args["data"]
+    if not os.path.isdir(root):
+        raise OSError(f"--data {root!r}: cannot be listed; give a folder of crops")
     folder = data.split_folder(root, split)
     labelled = data.label_images(folder, content["config"]["alphabet"])
     crops = [(str(path.relative_to(root)), text, path) for path, text, _ in labelled if text]
     title = f"images of {whose}{folder}"
-    if split != "train":
+    if "train" not in split:
         # by labels, since folders are moved, copied and added to
         learnt = set(args["labels"])
         tests = [crop for crop in crops if data.hash_label(crop[1]) not in learnt]
         if len(tests) < len(crops):
             title += (
-                f", without {len(crops) - len(tests):,} learnt; those held out chose the weights"
+                f" without {len(crops) - len(tests):,} that were learnt; those held out helped to "
+                "choose the weights"
             )
         crops = tests
     return crops, title, len(labelled)
@@ -166,15 +171,12 @@ def evaluate(
         raise OSError(f"{title}: no labelled crops but those learnt, or none can be read; add some")
     _, trues, _, preds, confidences = zip(*results)
     rights = list(map(str.__eq__, trues, preds))
-    aligned = [
-        (position, *pair)
-        for true, pred in zip(trues, preds)
-        for position, pair in enumerate(align(true, pred), 1)
-    ]
-    positions, chars, char_reads = zip(*aligned)
+    positions = [k for true in trues for k in range(1, len(true) + 1)]
+    chars = "".join(trues)
+    char_reads = [read for pair in zip(trues, preds) for read in align(*pair)]
     char_rights = list(map(str.__eq__, chars, char_reads))
     decoding = "best plate of three views" if predict.plate_patterns(network, grammar) else "greedy"
-    if adapt:
+    if adapt and len(results) >= 5:
         decoding += ", adapted to the location"
     scores = metrics(trues, preds)
     return scores | {
@@ -188,7 +190,9 @@ def evaluate(
         "by_position": count_right(positions, char_rights),
         "by_first": count_right([true[0] for true in trues], rights),
         "by_character": count_right(chars, char_rights),
-        "confusions": Counter((a, b) for _, a, b in aligned if a != b).most_common(20),
+        "confusions": Counter(
+            (char, read) for char, read in zip(chars, char_reads) if char != read
+        ).most_common(20),
         "history": content["history"],
         "reads": results,
     }
@@ -253,45 +257,39 @@ def check_report(folder):
     """The page of a report, whose folder is made. Raises OSError for one that holds other files
     and no earlier report."""
     page = Path(folder, "report.html")
+    held = os.listdir(folder) if os.path.isdir(folder) else os.path.lexists(folder)
+    if held and not (page.is_file() and b"by evaluate.py" in page.read_bytes()):
+        raise OSError(f"{folder}: holds something else than a report; name a new folder")
     os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder) and not (page.is_file() and b"by evaluate.py" in page.read_bytes()):
-        raise OSError(f"{folder}: holds files that are no report; name a new folder")
     data.check_output(page, ".html")
     return page
 
 
-def epochs_table(history):
-    """The rows of a checkpoint's history as HTML; an accuracy also as a bar."""
-    names = list(dict.fromkeys(str(name) for row in history for name in row))
-    page = f"<h2>Epochs</h2><table><tr><th>{'<th>'.join(map(html.escape, names))}"
-    for row in history:
-        page += "<tr>"
-        for name in names:
-            value = row.get(name, "")
-            text = html.escape(f"{value:.4f}" if isinstance(value, float) else str(value))
-            bar = f'<meter value="{text}"></meter> ' if "accuracy" in name else ""
-            page += f"<td>{bar}{text}"
-    return page + "</table>"
-
-
 def write_report(path, scores):
     """Write the scores, tables of where the errors are, and their pictures as a page of HTML."""
-    page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre>{epochs_table(scores['history'])}"
+    page = f"{HEAD}<pre>{html.escape(describe(scores))}</pre><h2>Epochs</h2><table>"
+    for row in scores["history"]:
+        page += "<tr>"
+        for name, value in row.items():
+            text = html.escape(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            )
+            bar = f'<meter value="{html.escape(str(value))}"></meter>' if "accuracy" in text else ""
+            page += f"<td>{text} {bar}"
     for name in ("confidence", "first", "position", "character"):
-        page += f"<h2>Right by {name}</h2><table>"
+        page += f"</table><h2>Right by {name}</h2><table>"
         for key, (right, n) in scores[f"by_{name}"].items():
             share = f"{right / n:.4f}"
             page += f'<tr><td>{html.escape(str(key))}<td><meter value="{share}"></meter> {share}'
             page += f"<td>{right:,} of {n:,}"
-        page += "</table>"
-    page += "<h2>Errors, the surest first; if there are none, the least sure reads</h2><table>"
+    page += "</table><h2>Errors, the surest first, or the least sure reads</h2><table>"
     for result in telling_reads(scores)[:500]:
         file = io.BytesIO()
         data.open_image(result.source).resize((256, 64)).save(file, "PNG")
         image = base64.b64encode(file.getvalue()).decode()
         page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(result.name)}'
         page += f"<br>{result.confidence:.4f}<br>true {html.escape(result.true)}<br>read "
-        for char, char_read in align(result.true, result.pred):
+        for char, char_read in zip(result.true, align(result.true, result.pred)):
             text = html.escape(char_read)
             page += text if char_read == char else f"<mark>{text or '_'}</mark>"
     data.write_file(path, page)

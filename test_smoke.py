@@ -7,6 +7,7 @@ loss alone, where nothing else sees a fault; beside each stands what changed it 
 """
 
 import contextlib
+import csv
 import importlib
 import json
 import os
@@ -841,9 +842,30 @@ def test_metrics_of_three_reads():
     assert evaluate.metrics(TRUES, READS) == near(expected)
 
 
-def test_a_read_of_another_length_is_aligned():
-    pairs = evaluate.align("皖A27N53", "A27NN5")
-    assert [read for _, read in pairs] == ["", "A", "2", "7N", "N", "5", ""]
+@cases(
+    "true, read, parts",
+    [
+        ("皖A27", "皖A27", ["皖", "A", "2", "7"]),
+        ("皖A27", "赣A27", ["赣", "A", "2", "7"]),
+        ("皖A27", "A27", ["", "A", "2", "7"]),
+        ("皖A27", "皖A2", ["皖", "A", "2", ""]),
+        ("皖A27", "皖A27D", ["皖", "A", "2", "7D"]),
+        ("皖A27N53", "A27NN5", ["", "A", "2", "7N", "N", "5", ""]),
+        ("皖A", "", ["", ""]),
+    ],
+)
+def test_each_true_character_has_what_was_read_for_it(true, read, parts):
+    assert evaluate.align(true, read) == parts
+
+
+def test_no_alignment_has_more_edits_than_the_distance():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        true, read = ("".join(random.choice(list("AB1"), random.integers(1, 8))) for _ in "ab")
+        parts = evaluate.align(true, read)
+        assert "".join(parts) == read
+        edits = sum(map(evaluate.levenshtein, true, parts))
+        assert edits == evaluate.levenshtein(true, read)
 
 
 def test_wilson_interval():
@@ -867,18 +889,78 @@ def wrong(crop):
         shutil.copy("crop.jpg", f"wrong/{name}.jpg")
 
 
+def page_of(folder):
+    return Path(folder, "report.html").read_text("utf8")
+
+
 def test_the_report_shows_each_error(run, wrong):
     assert "errors       3" in run("evaluate --data wrong --report out")
-    page = Path("out/report.html").read_text("utf8")
+    page = page_of("out")
     assert page.count("<img") == 3
     assert "<mark>" in page  # what differs
+    assert page.count("<h2>") == 6  # epochs, four tables of shares, errors
+
+
+def test_the_report_shows_the_least_sure_reads_if_all_are_right(run, crops):
+    shutil.copytree("plates/test", "right")
+    for path in Path("right").iterdir():
+        (read,) = predict.read(predict.load(), path)
+        path.rename(f"right/{read.plate}.jpg")
+    assert "errors       0" in run("evaluate --data right --report out")
+    page = page_of("out")
+    assert page.count("<img") == 6
+    assert "<mark>" not in page
 
 
 def test_the_report_escapes_names(run, wrong):
     run("evaluate --data wrong --report out")
-    page = Path("out/report.html").read_text("utf8")
+    page = page_of("out")
     assert "&lt;b&gt;皖A00000.jpg" in page
     assert "<b>" not in page
+
+
+@cases("row", [{"<b>": 1.0}, {"accuracy": "<b>"}, {"accuracy": '"><b>'}, {1: "<b>"}])
+def test_the_report_escapes_the_history(wrong, row):
+    scores = evaluate.evaluate(predict.READER, "wrong")
+    evaluate.write_report("page.html", scores | {"history": [row]})
+    assert "<b>" not in Path("page.html").read_text("utf8")
+
+
+def test_the_report_shows_each_epoch(wrong):
+    scores = evaluate.evaluate(predict.READER, "wrong")
+    row = {"epoch": 1, "loss": 0.25, "accuracy": 0.5, "drawn_accuracy": 0.75}
+    evaluate.write_report("page.html", scores | {"history": [row, row | {"skipped": 3}]})
+    page = Path("page.html").read_text("utf8")
+    for words, count in (("loss 0.25", 2), ("drawn_accuracy 0.75", 2), ("skipped 3", 1)):
+        assert page.count(words) == count
+    assert page.count('<meter value="0.75">') == 2
+
+
+def test_a_report_is_written_over_an_earlier_one_and_beside_other_files(run, wrong):
+    run("evaluate --data wrong --report out")
+    Path("out/errors.png").write_text("mine")
+    os.remove("wrong/皖A00002.jpg")
+    run("evaluate --data wrong --report out")
+    assert page_of("out").count("<img") == 2
+    assert Path("out/errors.png").read_text() == "mine"
+
+
+@cases("name", ["errors.png", "predictions.csv", "report.html", "sub/x"])
+def test_a_report_is_not_written_among_files_of_the_user(run, watch, wrong, name):
+    path = Path("mine", name)
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    reading = watch(predict, "read")
+    assert "mine: holds" in run("evaluate --data wrong --report mine", fails=True)
+    assert not reading.called  # it is checked before the work
+    assert path.read_text() == "mine"
+    assert len(list(Path("mine").rglob("*.*"))) <= 1
+
+
+def test_a_report_is_not_written_over_a_file(run, wrong):
+    Path("mine").write_text("mine")
+    assert "mine: holds" in run("evaluate --data wrong --report mine", fails=True)
+    assert Path("mine").read_text() == "mine"
 
 
 def test_scores_are_written_as_json(run, wrong):
@@ -886,28 +968,92 @@ def test_scores_are_written_as_json(run, wrong):
     scores = json.loads(Path("scores.json").read_text())
     assert scores["accuracy"] == 0
     assert scores["by_first"] == {"皖": [0, 3]}
+    assert scores["by_position"]["1"] == scores["by_character"]["皖"]
+
+
+def test_positions_and_characters_count_over_all_reads(wrong):
+    scores = evaluate.evaluate(predict.READER, "wrong")
+    assert {n for _, n in scores["by_position"].values()} == {3}
+    assert sum(n for _, n in scores["by_character"].values()) == 21
+
+
+def test_the_number_of_images_left_out_is_said(run, wrong):
+    Path("wrong/皖A00003.jpg").write_text("broken")
+    shutil.copy("crop.jpg", "wrong/unlabelled.jpg")
+    assert "left out     2" in run("evaluate --data wrong --json scores.json --report out")
+    assert json.loads(Path("scores.json").read_text())["left_out"] == 2
+    assert "left out     2" in page_of("out")
+
+
+@cases("name", ["=1", "+1", "-1", "@1", "\t1", "\r1"])
+def test_a_name_is_no_formula_in_the_table(run, crop, name):
+    os.mkdir("odd")
+    shutil.copy("crop.jpg", f"odd/{name} 皖A00000.jpg")
+    run("evaluate --data odd --csv x.csv")
+    with open("x.csv", encoding="utf-8-sig", newline="") as file:
+        _, row = csv.reader(file)
+    assert row[0] == f"'{name} 皖A00000.jpg"
+
+
+def test_equal_names_of_two_cameras_are_told_apart(run, crop):
+    for camera in "ab":
+        os.makedirs(f"cars/test/{camera}")
+        shutil.copy("crop.jpg", f"cars/test/{camera}/1-皖A00000.jpg")
+    run("evaluate --data cars --csv x.csv")
+    names = [row[0] for row in rows_of("x.csv")]
+    assert names == ["test/a/1-皖A00000.jpg", "test/b/1-皖A00000.jpg"]
+
+
+@cases("count, is_adapted", [(4, False), (5, True)])
+def test_adapted_is_said_only_where_it_was(run, crops, count, is_adapted):
+    os.mkdir("few")
+    for path in crops[:count]:
+        shutil.copy(path, "few")
+    assert ("adapted" in run("evaluate --data few --adapt")) == is_adapted
 
 
 @pytest.fixture
 def flat(run, crops):
     """flat.pth learnt from a folder without splits. Returns how many crops were held out."""
-    run(f"{TINY} --out flat.pth --data plates/train")
+    shutil.copytree("plates/train", "flat")
+    run(f"{TINY} --out flat.pth --data flat")
     return 54 - len(torch.load("flat.pth", weights_only=True)["args"]["labels"])
 
 
 def test_a_folder_without_splits_is_scored_on_what_was_held_out(run, flat):
     said = run("evaluate flat.pth")
     assert f"{flat} images" in said
-    assert f"without {54 - flat} learnt" in said
-    assert "held out chose the weights" in said
+    assert f"without {54 - flat} that were learnt" in said
+    assert "held out helped to choose the weights" in said
+    assert "the checkpoint's folder" in said  # nobody has named it
+
+
+@cases("change", ["move", "copy", "link"])
+def test_what_was_learnt_is_no_test_in_another_folder_either(run, flat, change):
+    os.mkdir("new")
+    if change == "move":
+        os.rename("flat", "new/flat")
+    elif change == "copy":
+        shutil.copytree("flat", "new/flat")
+    else:
+        os.symlink(os.path.abspath("flat"), "new/flat")
+    assert f"{flat} images" in run("evaluate flat.pth --data new/flat")
+
+
+def test_a_folder_that_has_gained_a_test_is_scored_by_that(run, flat):
+    shutil.copytree("plates/test", "flat/test")
+    assert "6 images" in run("evaluate flat.pth")
+    assert "6 images" in run("evaluate flat.pth --data plates")
 
 
 def test_learnt_crops_are_scored_only_if_asked_for(run, flat):
-    assert "54 images" in run("evaluate flat.pth --split train")
+    assert "54 images" in run("evaluate flat.pth --split Train")
 
 
-def test_another_folder_is_scored_whole(run, flat):
-    assert "6 images" in run("evaluate flat.pth --data plates")
+def test_a_folder_of_others_is_scored_whole(run, flat):
+    said = run("evaluate flat.pth --data plates")
+    assert "6 images" in said
+    assert "learnt" not in said
 
 
 def test_fine_tuning_remembers_what_was_learnt_before(run, flat):
@@ -1101,6 +1247,7 @@ MISTAKES = [
     ("train --alphabet absent.txt", "absent.txt", "No such file"),
     ("train --alphabet a/", "--alphabet", "no / in"),
     ("evaluate --data absent", "absent", "cannot be listed"),
+    ("evaluate --data ''", "--data ''", "cannot be listed"),
     ("train --data absent", "absent", "cannot be listed"),
     ("data audit absent", "absent", "cannot be listed"),
     ("data crop no x", "no", "cannot be listed"),
