@@ -170,8 +170,9 @@ def evaluate(
     if not results:
         raise OSError(f"{title}: no labelled crops but those learnt, or none can be read; add some")
     _, trues, _, preds, confidences = zip(*results)
+    predict.warn_if_no_plates(confidences)
     rights = list(map(str.__eq__, trues, preds))
-    positions = [k for true in trues for k in range(1, len(true) + 1)]
+    positions = [position for true in trues for position, _ in enumerate(true, 1)]
     chars = "".join(trues)
     char_reads = [read for pair in zip(trues, preds) for read in align(*pair)]
     char_rights = list(map(str.__eq__, chars, char_reads))
@@ -279,9 +280,8 @@ def write_report(path, scores):
     for name in ("confidence", "first", "position", "character"):
         page += f"</table><h2>Right by {name}</h2><table>"
         for key, (right, n) in scores[f"by_{name}"].items():
-            share = f"{right / n:.4f}"
-            page += f'<tr><td>{html.escape(str(key))}<td><meter value="{share}"></meter> {share}'
-            page += f"<td>{right:,} of {n:,}"
+            page += f'<tr><td>{html.escape(str(key))}<td><meter value="{right / n}"></meter>'
+            page += f" {right / n:.4f}<td>{right:,} of {n:,}"
     page += "</table><h2>Errors, the surest first, or the least sure reads</h2><table>"
     for result in telling_reads(scores)[:500]:
         file = io.BytesIO()

@@ -261,6 +261,12 @@ def reading_options(add):
     data.machine_options(add)
 
 
+def warn_if_no_plates(confidences):
+    """Say on stderr if no read is surer than reads are of what is no plate."""
+    if confidences and max(confidences) < 0.01:
+        print("note: no confidence reaches .01: is each a crop of one plate?", file=sys.stderr)
+
+
 def keep(path, result, folder, number, above):
     """Copy a crop to `folder`, named by its plate; to folder/unsure if it is less sure."""
     mark = ""
@@ -304,16 +310,19 @@ def main(argv=None):
     if args.explain:
         explain(network, paths, args.explain, args.precision, args.grammar)
     good = 0
+    confidences = []
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
     for path, result in zip(paths, reads):
         if result.error:
             print("error:", data.printable(result.error), file=sys.stderr)
             continue
         good += 1
+        confidences.append(result.confidence)
         cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
         print(data.printable(path), *cells, sep="\t")
         if args.label:
             keep(path, result, args.label, good, args.above)
+    warn_if_no_plates(confidences)
     print(f"{good:,} read, {len(paths) - good:,} unreadable", file=sys.stderr)
     if good < len(paths):
         sys.exit(1)

@@ -1050,6 +1050,18 @@ def test_adapted_is_said_only_where_it_was(run, crops, count, is_adapted):
     assert ("adapted" in run("evaluate --data few --adapt")) == is_adapted
 
 
+@cases("command", ["evaluate --data nothing", "predict nothing"])
+def test_confidences_near_0_are_asked_about(run, command):
+    os.mkdir("nothing")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 128, 3), np.uint8)
+    Image.fromarray(noise).save("nothing/皖A00000.png")
+    assert "is each a crop of one plate?" in run(command)
+
+
+def test_confidences_of_plates_are_not_asked_about(run, crops):
+    assert "is each a crop of one plate?" not in run("evaluate --data plates")
+
+
 @pytest.fixture
 def flat(run, crops):
     """flat.pth learnt from a folder without splits. Returns how many crops were held out."""
