@@ -259,7 +259,7 @@ def check_report(folder):
     and no earlier report."""
     page = Path(folder, "report.html")
     held = os.listdir(folder) if os.path.isdir(folder) else os.path.lexists(folder)
-    if held and not (page.is_file() and b"by evaluate.py" in page.read_bytes()):
+    if held and not (page.is_file() and b"<!-- by evaluate.py -->" in page.read_bytes()):
         raise OSError(f"{folder}: holds something else than a report; name a new folder")
     os.makedirs(folder, exist_ok=True)
     data.check_output(page, ".html")
