@@ -16,24 +16,26 @@ import functools
 import io
 import itertools
 import math
+import operator
 import os
 import random
 import re
 import shutil
-import struct
+import stat
 import sys
 import tempfile
+import time
 import unicodedata
 import uuid
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import linspace, rand, randn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
@@ -69,21 +71,32 @@ SPECIAL = seven_characters("警学挂领") + seven_characters("港澳", city="�
 PATTERNS = SEVEN + EIGHT + SPECIAL
 
 
+@functools.lru_cache
 def is_chinese(alphabet):
     """Whether what is read with `alphabet` are Chinese plates: ours, or that of an older reader."""
     return set(NOTEBOOK_ALPHABET) <= set(alphabet) <= set(ALPHABET)
 
 
 def normalise(text):
-    """`text` with one form of each character (Unicode's NFKC), without invisible ones."""
-    return "".join(filter(str.isprintable, unicodedata.normalize("NFKC", text)))
+    """`text` with one form of each character, without invisible ones.
+
+    Accents are joined to their letters, and full-width letters become plain ones. Raised or circled
+    digits (² and ①) stay what they are: they are no part of a plate."""
+    plain = [
+        unicodedata.normalize("NFKC", char) if "<wide>" in unicodedata.decomposition(char) else char
+        for char in text
+    ]
+    return "".join(filter(str.isprintable, unicodedata.normalize("NFC", "".join(plain))))
 
 
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        text = Path(text).read_text("utf-8-sig")
-    characters = "".join(dict.fromkeys(normalise(text).replace(" ", "")))
+        try:
+            text = Path(text).read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError(f"{text}: save it as UTF-8") from None
+    characters = "".join(dict.fromkeys(normalise(text)))
     if not characters:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
     return characters
@@ -114,11 +127,11 @@ def printable(path):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
-def warn(why, paths):
-    """Warn of `paths`, if there are any, naming the first five."""
+def warn(why, paths, most=5):
+    """Warn of `paths`, if there are any, naming the first ones: `most` of them, or all if None."""
     if paths:
         text = f"warning: {len(paths):,} {why}"
-        print(text, *map(printable, paths[:5]), sep="\n    ", file=sys.stderr)
+        print(text, *map(printable, paths[:most]), sep="\n    ", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -159,13 +172,13 @@ def write_file(path, content):
         raise OSError(f"{path}: cannot be written (a folder or a device)")
     partial = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        try:
-            partial.write_bytes(content)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        partial.write_bytes(content)
+        partial.replace(target)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def make_parser(text):
@@ -193,10 +206,23 @@ PLATE = re.compile(
 )
 REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
-UNLABELLED = (
-    "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg; "
-    "photographs of CCPD are to be cut first: python data.py crop FRAMES OUT"
-)
+DROPPED = "names hold letters before the last -; if these are of the label, add - to --alphabet"
+
+
+def unlabelled(alphabet):
+    """The remark of parse_label on names without a label."""
+    if not is_chinese(alphabet):
+        return f"files whose names hold no label; a good one is 01-{alphabet[:6]}.jpg"
+    return (
+        "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg; "
+        "plates with O as the city's letter cannot be learnt; "
+        "photographs of CCPD are to be cut first: python data.py crop FRAMES OUT"
+    )
+
+
+def find_plates(text):
+    """All plates in a name, in capitals or in small letters: {(city, number), ...}."""
+    return {*PLATE.findall(text), *PLATE.findall(text.swapcase())}
 
 
 def parse_label(path, alphabet=ALPHABET):
@@ -206,59 +232,78 @@ def parse_label(path, alphabet=ALPHABET):
     the whole name. Plates hold no O and no I, so these are read as 0 and 1. With any other
     alphabet: what stands behind the last "-", or the whole name if "-" is one of its characters.
     The remark says what was odd, in words for many files; mostly it is empty."""
-    name = normalise(Path(path).stem)
-    last = name if "-" in alphabet else name.split("-")[-1]
+    name = normalise(os.path.splitext(os.path.basename(path))[0])
+    *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
-        # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511H_2
-        plates = set(PLATE.findall(last.upper())) or set(PLATE.findall(name.upper()))
+        # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
+        plates = find_plates(last) or find_plates(name)
         if len(plates) == 1:
             city, number = plates.pop()
             repaired = number.translate(REPAIR)
             if set(city + repaired) <= set(alphabet):  # that of an older reader has less
                 return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
-        return last, ""
-    return "", UNLABELLED
+        could_be_label = before and set(before[-1]) <= set(alphabet)
+        return last, DROPPED if could_be_label and not before[-1].isdigit() else ""
+    return "", unlabelled(alphabet)
 
 
-def list_images(folder):
-    """All images below `folder`, sorted: the files with a suffix that Pillow knows.
+# the names and Pillow's formats of photographs; others may start programs
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"]
 
-    Links to folders are not followed. stderr counts the files passed over. Raises OSError for a
-    folder that cannot be read, which os.walk by itself passes over."""
+
+def is_image(name):
+    """Whether a file's name ends as images' names do."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def list_images(folder, most=5):
+    """All images below `folder`, sorted, by their names' ends. What begins with a dot is hidden.
+
+    Links to folders are not followed. stderr counts the files passed over; most: see warn. Raises
+    OSError for a folder that cannot be read, which os.walk by itself passes over."""
 
     def fail(error):
         raise OSError(f"{error.filename}: cannot be listed; give a folder of images") from None
 
-    known = Image.registered_extensions()
-    paths = sorted(
-        Path(root, name)
-        for root, _, names in os.walk(folder, onerror=fail)
-        for name in names
-        if name[0] != "."
-    )
-    images = [path for path in paths if path.suffix.lower() in known]
-    warn("files passed over, without a suffix of images", sorted({*paths} - {*images}))
-    return images
+    files = []
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if name[0] != "."]  # os.walk goes into these
+        files += [os.path.join(root, name) for name in names if name[0] != "."]
+    files.sort()
+    others = [path for path in files if not is_image(path)]
+    warn("files passed over, without a suffix of images", others, most)
+    return [Path(path) for path in files if is_image(path)]
+
+
+# names that people give to the parts of a data set
+SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|eval(uation)?", re.IGNORECASE)
 
 
 def split_folder(root, split):
-    """The folder of `split` ("train" or "test") in `root`, or `root` itself if it has no splits."""
-    folders = {path.name.lower(): path for path in Path(root).glob("*") if path.is_dir()}
-    if not {"train", "test"} & set(folders):
-        return Path(root)
-    if split not in folders:
-        raise OSError(f"{root}: has no folder {split!r}; add it, or name a folder of crops")
-    return folders[split]
+    """The folder `split` in `root`, or for "train" and "test" `root` itself if it has no splits.
+
+    Raises OSError if it is not clear which."""
+    _, folders, files = next(os.walk(root), (root, [], []))
+    chosen = [name for name in folders if name.lower() == split]
+    if len(chosen) == 1:
+        loose = [Path(root, name) for name in files if is_image(name)]
+        warn(f"images passed over, beside the folder {chosen[0]}", loose)
+        return Path(root, chosen[0])
+    if any(map(SPLIT.fullmatch, folders)) or split not in ("train", "test"):
+        found = " and ".join(chosen) or "no folder"
+        raise OSError(f"{root}: has {found} {split!r}; have one, or name a folder of crops")
+    return Path(root)
 
 
-def label_images(folder, alphabet):
+def label_images(folder, alphabet, most=5):
     """All images below `folder` with what parse_label says: [(path, text, remark), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
-    for why in (UNLABELLED, REPAIRED):
-        warn(why, [path for path, _, remark in labelled if remark == why])
+    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder, most)]
+    for why in sorted({remark for _, _, remark in labelled} - {""}):
+        warn(why, [path for path, _, remark in labelled if remark == why], most)
     return labelled
 
 
@@ -266,7 +311,7 @@ def find_crops(folder, alphabet=ALPHABET):
     """The labelled crops among label_images: [(path, text), ...]. Raises OSError for none."""
     crops = [(path, text) for path, text, _ in label_images(folder, alphabet) if text]
     if not crops:
-        raise OSError(f"{folder}: no labelled crops; name files such as 01-皖AX511H.jpg")
+        raise OSError(f"{folder}: no labelled crops; name files such as 01-LABEL.jpg")
     return crops
 
 
@@ -288,63 +333,62 @@ def is_held_out(text, share):
 # Images
 
 
-# Errors of the system that are those of one file: it is absent, locked, a folder, or has a name
-# that cannot be. Pillow's own have no number. All others, such as of a failing disk, end the run.
+# The errors of the system that are one file's own: it is absent, locked, a folder, or has a name
+# that cannot be. Pillow's have no number. All others, such as a failing disk's, end the run.
 OF_THE_FILE = {
     None,
     errno.ENOENT,
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
-    errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
 
 
-def open_image(source):
-    """One image as an upright RGB Pillow image. Raises ImageError.
+def find_image(source):
+    """The Pillow image that a source of open_image holds, not yet decoded."""
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
+            raise ValueError("a folder or a pipe; give image files")
+    elif not hasattr(source, "read"):
+        raise ValueError(
+            "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
+            "of a tensor give tensor.permute(1, 2, 0).numpy()"
+        )
+    return Image.open(source, formats=FORMATS)
 
-    source: a path, the bytes of a file, a Pillow image, or a uint8 array (H, W, 3) or (H, W). An
-    array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
-    is_path = isinstance(source, (str, os.PathLike))
+
+def open_image(source):
+    """One image as an upright RGB Pillow image. Raises ImageError, or the system's OSError.
+
+    source: a path, an open file or its bytes, a Pillow image, or a uint8 array (H, W, 3) or (H, W).
+    An array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
     try:
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source)
-        elif isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        elif is_path and os.path.isfile(source):  # to open a pipe would wait for ever
-            image = Image.open(source)
-        else:
-            raise FileNotFoundError("no such file")
-        image = ImageOps.exif_transpose(image)  # decodes it
+        image = find_image(source)
+        if math.prod(image.size) > 89_000_000:  # more than any camera's, but it fills the memory
+            raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
         # convert() would clip 16 bits to white, and nobody knows their scale
         if image.mode[0] in "IF" or 0 in image.size:
             raise ValueError("no pixels, or 16 or 32 bits in each; save it with 8")
-        return image.convert("RGB")
-    except (
-        # what Pillow raises for broken files and odd arrays; anything else is a fault of ours
-        OSError,
-        ValueError,
-        TypeError,
-        SyntaxError,
-        EOFError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        name = source if is_path else type(source).__name__
-        number = getattr(error, "errno", None)
-        if number not in OF_THE_FILE:
-            raise OSError(f"{name}: {error.strerror}") from None
-        what = "no readable path, bytes, Pillow image or uint8 array (H, W, 3)"
-        raise ImageError(f"{name}: {what} ({printable(error)[:100]})") from None
+        return ImageOps.exif_transpose(image).convert("RGB")  # decodes it
+    except MemoryError:
+        raise
+    except Exception as error:  # for broken files Pillow raises all kinds
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}; save a HEIC, too, as one of these"
+        name = source
+        if not isinstance(source, (str, os.PathLike)):
+            name = getattr(source, "name", None) or type(source).__name__
+        kind = ImageError if getattr(error, "errno", None) in OF_THE_FILE else OSError
+        raise kind(f"{name}: cannot be read ({printable(reason)[:150]})") from None
 
 
 def load_image(source, size):
@@ -352,17 +396,46 @@ def load_image(source, size):
     return pil_to_tensor(resize(open_image(source), size))  # antialiased if it shrinks
 
 
-def in_threads(function, items, *options):
+def with_progress(items):
+    """Yield the items. What takes more than five seconds tells stderr how far it is: on a terminal
+    in one line that renews itself, elsewhere every half minute."""
+    total = operator.length_hint(items)
+    is_first = os.getenv("RANK", "0") == "0"  # of several processes one tells
+    stream = sys.__stderr__  # audit prints warnings elsewhere
+    is_terminal = stream and stream.isatty()
+    start = time.monotonic()
+    due = start + 5
+    for done, item in enumerate(items):
+        seconds = time.monotonic() - start
+        if is_first and done and start + seconds > due:
+            minutes = seconds / done * (total - done) / 60
+            text = f"{done:,} of {total:,}, {minutes:.1f} min left" if total else f"{done:,} done"
+            print(f"{text:40}", end="\r" if is_terminal else "\n", file=stream, flush=True)
+            due += 1 if is_terminal else 30
+        yield item
+
+
+def in_threads(function, items, *options, most=5):
     """Yield in order what the function returns for each item and the options. Items for which it
-    raises an ImageError are left out, and stderr names them at the end.
+    raises an ImageError are left out, and stderr names them at the end (most: see warn).
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
+
+    def submit():
+        try:
+            for item in with_progress(items):
+                yield pool.submit(function, item, *options)
+        except Exception as error:  # of the items: raised when those before it have been yielded
+            broken = Future()
+            broken.set_exception(error)
+            yield broken
+
     threads = torch.get_num_threads()
     errors = []
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = (pool.submit(function, item, *options) for item in items)
+            futures = submit()
             waiting = deque(itertools.islice(futures, threads + 2))
             while waiting:
                 try:
@@ -372,7 +445,7 @@ def in_threads(function, items, *options):
                 waiting.extend(itertools.islice(futures, 1))
     finally:
         torch.set_num_threads(threads)  # or threads that start later would have one core too
-    warn("files left out", errors)
+    warn("files left out", errors, most)
 
 
 def load_crops(crops, size):
@@ -497,11 +570,6 @@ def jpeg_tables(device):
     return [x.to(device) for x in (waves, steps.view(2, 8, 8), ycc, ycc.inverse())]
 
 
-def mix(matrix, images):
-    """Other channels from those of images (B, 3, H, W), each a weighted sum of theirs."""
-    return torch.einsum("ij,bjhw->bihw", matrix, images)
-
-
 def round_waves(planes, waves, steps):
     """Planes (B, C, H, W) whose blocks of 8 x 8 pixels were taken apart into cosine waves, and
     the amount of each rounded to a multiple of its step (B, 1, 8, 8)."""
@@ -521,12 +589,11 @@ def jpeg(images, quality):
     steps = [((table * percent + 50) // 100).clamp(1, 255) for table in tables]
     height, width = images.shape[2:]
     padded = F.pad(images - 128, (0, -width % 16, 0, -height % 16), mode="replicate")
-    luma, colours = mix(ycc, padded).split((1, 2), 1)
+    luma, colours = torch.einsum("ij,bjhw->bihw", ycc, padded).split((1, 2), 1)
     luma = round_waves(luma, waves, steps[0])
-    half = [side // 2 for side in padded.shape[2:]]
-    colours = round_waves(resize(colours, half, antialias=False), waves, steps[1])
+    colours = round_waves(F.avg_pool2d(colours, 2), waves, steps[1])
     colours = resize(colours, padded.shape[2:], antialias=False)
-    pixels = mix(rgb, torch.cat((luma, colours), 1)) + 128
+    pixels = torch.einsum("ij,bjhw->bihw", rgb, torch.cat((luma, colours), 1)) + 128
     return pixels[:, :, :height, :width].clamp(0, 255)
 
 
@@ -559,23 +626,28 @@ def camera(images, size, extent=(1.0, 1.0)):
 
 
 def audit(folder, alphabet=ALPHABET):
-    """Print what a data set holds and what is wrong with it.
+    """Print what a data set holds and all that is wrong with it.
 
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
-        labelled = label_images(folder, alphabet)
-        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled))
+        labelled = label_images(folder, alphabet, most=None)
+        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled, most=None))
+        texts = [text for _, text, _ in labelled]
+        counts = Counter("".join(texts))
         splits = defaultdict(list)
         for path, text, _ in labelled:
             # DIR/train/part1/x.jpg belongs to train
             splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
-        texts = sum(splits.values(), [])
-        counts = Counter("".join(texts))
         print("images", {split: len(some) for split, some in splits.items()})
         print("lengths", dict(Counter(map(len, texts))))  # 0: no label
         print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
         print("least, median, largest size", *np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0))
-        warn("plates in train and test", sorted({*splits["train"]} & {*splits["test"]} - {""}))
+        both = {*splits["train"]} & {*splits["test"]} - {""}
+        warn("plates in train and test", sorted(both), None)
+        if is_chinese(alphabet):
+            plates = re.compile("|".join("".join(map("[{}]".format, row)) for row in PATTERNS))
+            odd = [path for path, text, _ in labelled if text and not plates.fullmatch(text)]
+            warn("labels that fit no pattern of plates", odd, None)
     return all(texts) and len(sizes) == len(texts) > 0
 
 
@@ -596,19 +668,24 @@ def cut_frame(path, frames, out, rectify):
         box, corners, indices = numbers[2:5]
         left, top, right, bottom = box
         quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
-        plate = "".join(table[k] for table, k in zip(CCPD_TABLES, indices)).replace("O", "")
+        plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(indices)).rstrip("O")
     except (ValueError, IndexError):
         raise ImageError(f"{path}: its name is not that of a CCPD photograph") from None
     image = open_image(path)
-    is_inside = left < right <= image.width and top < bottom <= image.height
-    if not (PLATE.fullmatch(plate) and is_inside):
+    points = np.reshape(box + corners, (6, 2))
+    is_inside = left < right and top < bottom and (points <= image.size).all()
+    if "O" in plate or not PLATE.fullmatch(plate) or not is_inside:
         raise ImageError(f"{path}: the plate in its name is none, or outside the photograph")
     plate_image = image.crop(box)
     if rectify:
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
     target = Path(out, f"{path.relative_to(frames)}-{plate}.jpg")  # a.jpg and a.png are two
+    if target.exists() or len(os.fsencode(target.name)) > 255:
+        raise ImageError(f"{target}: is there already, or is too long a name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    plate_image.save(target, quality=95)
+    file = io.BytesIO()
+    plate_image.save(file, "JPEG", quality=95)
+    write_file(target, file.getvalue())
 
 
 def crop(frames, out, rectify):

@@ -8,7 +8,9 @@ loss alone, where nothing else sees a fault; beside each stands what changed it 
 
 import contextlib
 import csv
+import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -190,6 +192,14 @@ def frames(photographs):
         ("AAX511H", ""),
         ("皖AX511H~", ""),
         ("皖A12345_粤B12345", ""),
+        ("皖AX511Hb", "皖AX511H"),  # a small letter behind capitals
+        ("京A12345²", "京A12345"),
+        ("京A12345①", "京A12345"),
+        ("京A1234学", "京A1234学"),
+        ("粤Z1234港-1", "粤Z1234港"),
+        ("使·123456", "使123456"),
+        ("使12345", ""),
+        ("京OA1234", ""),
     ],
 )
 def test_label_comes_from_the_file_name(name, label):
@@ -203,6 +213,9 @@ def test_label_comes_from_the_file_name(name, label):
         ("AB", "01-AB", "AB"),
         ("AB12-", "AB-12", "AB-12"),
         ("AB1", "AB_1", ""),
+        ("AB12", "AB1²", ""),
+        ("A B", "A B", "A B"),
+        (data.NOTEBOOK_ALPHABET, "京A1234学", ""),
         ("ü", "u\u0308", "ü"),  # two characters that make one
     ],
 )
@@ -215,11 +228,49 @@ def test_label_of_another_alphabet(alphabet, name, label):
     [
         ("皖AX511H", ""),
         ("皖AR0O3I", data.REPAIRED),
-        ("image", data.UNLABELLED),
+        ("image", data.unlabelled(data.ALPHABET)),
     ],
 )
 def test_what_was_odd_about_a_label_is_said(name, remark):
     assert data.parse_label(name)[1] == remark
+
+
+@cases("name, is_odd", [("A-IA774", True), ("01-IA774", False), ("cam-IA774", False)])
+def test_letters_before_the_last_dash_are_not_dropped_in_silence(name, is_odd):
+    text, remark = data.parse_label(name, data.LETTERS + "IO" + data.DIGITS)
+    assert text == "IA774"
+    assert bool(remark) == is_odd
+
+
+def test_hidden_files_and_folders_are_no_crops():
+    for name in (".thumbs/a.jpg", "seen/.b.jpg", "seen/c.JPG", "seen/d.eps"):
+        path = Path("shown", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert data.list_images("shown") == [Path("shown/seen/c.JPG")]
+
+
+@cases(
+    "folders, split, chosen",
+    [
+        ([], "test", "set"),
+        (["a"], "train", "set"),
+        (["Train", "test"], "train", "set/Train"),
+        (["val"], "val", "set/val"),
+        (["Train", "train"], "train", "has Train and train"),
+        (["train"], "test", "has no folder"),
+        (["validation"], "val", "has no folder"),
+        ([], "val", "has no folder"),
+    ],
+)
+def test_a_split_is_the_one_folder_of_that_name(folders, split, chosen):
+    for name in ["", *folders]:
+        os.makedirs(f"set/{name}")
+    try:
+        found = str(data.split_folder("set", split))
+    except OSError as error:
+        found = str(error).replace("train and Train", "Train and train")
+    assert chosen in found
 
 
 def test_about_the_given_share_of_labels_is_held_out():
@@ -289,8 +340,105 @@ def test_colours_keep_their_order():
     ids=["number", "empty", "floats", "bytes", "16 bits", "CHW"],
 )
 def test_what_is_no_image_is_refused(image):
-    with pytest.raises(OSError, match="no readable path"):
+    with pytest.raises(OSError, match="cannot be read"):
         data.open_image(image)
+
+
+@cases(
+    "source, words",
+    [
+        (torch.zeros(3, 4, 4), "tensor"),
+        (".", "a folder"),
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (io.BytesIO(b"no image"), "BytesIO: cannot be read (none of JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG"),
+    ],
+)
+def test_what_is_no_image_has_a_sentence_without_addresses(source, words):
+    with pytest.raises(data.ImageError) as caught:
+        data.open_image(source)
+    assert words in str(caught.value)
+    assert " at 0x" not in str(caught.value)
+
+
+def test_an_image_is_measured_before_it_is_decoded(monkeypatch):
+    Image.new("1", (12_000, 9_000)).save("large.png")
+    monkeypatch.setattr(Image.Image, "load", None)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(data.ImageError, match="large.png.*12000 x 9000"),
+    ):
+        data.open_image("large.png")
+
+
+@cases(
+    "number, left_out",
+    [
+        (errno.ENOENT, True),
+        (errno.EACCES, True),
+        (errno.EIO, False),
+        (errno.EMFILE, False),
+    ],
+)
+def test_only_what_is_wrong_with_one_file_is_left_out(crop, watch, capfd, number, left_out):
+    watch(Image, "open", OSError(number, os.strerror(number)))
+    try:
+        assert list(data.in_threads(data.open_image, ["crop.jpg"])) == []
+    except data.ImageError:
+        raise
+    except OSError as error:
+        assert "crop.jpg" in str(error)
+        assert not left_out
+    else:
+        assert "1 files left out" in capfd.readouterr().err
+
+
+def test_what_came_before_a_broken_source_is_delivered():
+    results = data.in_threads(str, (10 // (3 - k) for k in range(9)))
+    assert [next(results) for _ in range(3)] == ["3", "5", "10"]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_long_work_tells_how_far_it_is(capfd, monkeypatch):
+    seconds = iter(range(0, 999, 4))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    assert list(data.in_threads(str, range(20))) == [str(k) for k in range(20)]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.strip() for line in lines] == [
+        "1 of 20, 2.5 min left",
+        "8 of 20, 0.9 min left",
+        "16 of 20, 0.3 min left",
+    ]
+
+
+@cases("content, written", [("皖\udcff", b"\xe7\x9a\x96\\udcff"), (b"1", b"1")])
+def test_a_file_is_written_through_a_link(content, written):
+    os.symlink("target", "link")
+    data.write_file("link", content)
+    assert Path("target").read_bytes() == written
+    assert os.path.islink("link")
+
+
+@cases("name", ["pipe", "no/file", "folder"])
+def test_a_file_that_cannot_be_written_is_named_and_leaves_no_part(name):
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    with pytest.raises(OSError, match=f"{name}: cannot be written"):
+        data.write_file(name, b"1")
+    assert not [path for path in os.listdir() if path.endswith(".part")]
+
+
+@cases("quality", [35, 65, 95])
+def test_the_cameras_jpeg_is_that_of_libjpeg(quality):
+    images = plates.fixed_plates(8, "jpeg", (30, 100))[0]
+    kept = data.jpeg(images.float(), torch.full((8, 1, 1, 1), quality))
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files):
+        to_pil_image(image).save(file, "JPEG", quality=quality)
+    expected = torch.stack([data.load_image(file, (30, 100)) for file in files])
+    assert abs(kept - expected).mean() < 1.5
 
 
 # ---------------------------------------------------------------------------------------
@@ -304,23 +452,27 @@ def faulty(crop):
     os.makedirs("faulty/test")
     for name in ("train/1-皖A12345.jpg", "train/2-云B12345.jpg", "test/皖A12345.jpg"):
         shutil.copy("crop.jpg", f"faulty/{name}")
-    for name in ("image.jpg", "IMG-0042.jpg", "1-皖AR0O3T.jpg", "notes.md", "皖A54321.JFIF"):
+    names = ("image.jpg", "IMG-0042.jpg", "1-皖AR0O3T.jpg", "notes.md", "皖A54321.JFIF")
+    for name in (*names, "云ABCDEF.jpg", *(f"odd{k}.jpg" for k in range(5))):
         Path("faulty/train", name).touch()
 
 
 @cases(
     "finding",
     [
-        "2 files whose names hold no label",
+        "7 files whose names hold no label",
         "IMG-0042.jpg",
+        "odd4.jpg",  # all are named, not five
+        "1 labels that fit no pattern of plates",
+        "云ABCDEF.jpg",
         "1 labels held O",
         "1 files passed over",
         "notes.md",
-        "4 files left out",
+        "10 files left out",
         "1 plates in train and test\n    皖A12345",
-        "{'test': 1, 'train': 6}",
-        "{7: 5, 0: 2}",  # lengths
-        "'云': 1",
+        "{'test': 1, 'train': 12}",
+        "{7: 6, 0: 7}",  # lengths
+        "'云': 2",
         "'沪': 0",
         "[256.  80.]",
     ],
@@ -358,11 +510,26 @@ def test_rectify_pulls_the_plate_straight(run, frames, straight, option, least, 
     assert least < error < most
 
 
-def test_crop_replaces_crops_of_before(run, frames):
+def test_crop_writes_over_no_crop(run, frames):
     run("data crop frames out")
     first = [path.read_bytes() for path in data.list_images("out")]
-    run("data crop frames out --rectify")
-    assert first != [path.read_bytes() for path in data.list_images("out")]
+    assert "is there already" in run("data crop frames out --rectify")
+    assert first == [path.read_bytes() for path in data.list_images("out")]
+
+
+@cases(
+    "name",
+    [
+        PLACE.replace("200&400_500&460", "9200&400_500&460", 1) + "-0_0_22_27_27_33_16",
+        f"{PLACE}-0_0_22_34_27_33_16",  # no character within the plate
+        f"{PLACE}-0_0_22_27_27_33_16_1_1",  # nine characters
+        f"{PLACE}-0_0_22_27_27_33_16-{160 * '1'}",
+    ],
+)
+def test_crop_skips_what_cannot_be_a_plate(run, frames, name):
+    os.makedirs("more")
+    shutil.copy(data.list_images("frames")[0], f"more/025-95_113-{name}-37-15.jpg")
+    assert "0 plates cut, 1 skipped" in run("data crop more out --rectify")
 
 
 # ---------------------------------------------------------------------------------------
@@ -425,7 +592,7 @@ def test_no_tensor_is_on_the_wrong_device(watch):
 
 def test_show_leaves_out_what_it_cannot_read(run, faulty):
     said = run("plates show sheet.png faulty")
-    assert "2 files left out" in said
+    assert "3 files left out" in said
     assert "2 labelled" in said
 
 
@@ -1268,9 +1435,9 @@ MISTAKES = [
     ("train --init crop.jpg", "crop.jpg", "not a checkpoint"),
     ("predict absent.pth.bak crop.jpg", "absent.pth.bak", "not a checkpoint"),
     ("predict misfit.pth crop.jpg", "misfit.pth", "not a checkpoint"),
-    ("predict a.jfif", "a.jfif", "no readable path"),
-    ("predict zero.jpg", "zero.jpg", "no readable path"),
-    ("predict pipe.jpg", "pipe.jpg", "no readable path"),
+    ("predict a.jfif", "a.jfif", "cannot be read"),
+    ("predict zero.jpg", "zero.jpg", "cannot be read"),
+    ("predict pipe.jpg", "pipe.jpg", "cannot be read"),
     ("predict", "PATH", "no images there"),
     ("predict empty", "empty", "no images there"),
     ("predict crop.jpg --export x.xyz", "x.xyz", "name a new file"),
