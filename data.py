@@ -346,23 +346,14 @@ OF_THE_FILE = {
 }
 
 
-def find_image(source):
-    """The Pillow image that a source of open_image holds, not yet decoded."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
-            raise ValueError("a folder or a pipe; give image files")
-    elif not hasattr(source, "read"):
-        raise ValueError(
-            "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
-            "of a tensor give tensor.permute(1, 2, 0).numpy()"
-        )
-    return Image.open(source, formats=FORMATS)
+def decode(image):
+    """A Pillow image as upright RGB, unless it has odd pixels or too many."""
+    if math.prod(image.size) > 89_000_000:  # more than cameras give, but it fills the memory
+        raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
+    # convert() would clip 16 bits to white, and nobody knows their scale
+    if image.mode[0] in "IF" or 0 in image.size:
+        raise ValueError("no pixels, or 16 or 32 bits in each; save it with 8")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def open_image(source):
@@ -370,23 +361,32 @@ def open_image(source):
 
     source: a path, an open file or its bytes, a Pillow image, or a uint8 array (H, W, 3) or (H, W).
     An array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
+    name = getattr(source, "name", None) or type(source).__name__
     try:
-        image = find_image(source)
-        if math.prod(image.size) > 89_000_000:  # more than any camera's, but it fills the memory
-            raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
-        # convert() would clip 16 bits to white, and nobody knows their scale
-        if image.mode[0] in "IF" or 0 in image.size:
-            raise ValueError("no pixels, or 16 or 32 bits in each; save it with 8")
-        return ImageOps.exif_transpose(image).convert("RGB")  # decodes it
-    except MemoryError:
+        if isinstance(source, np.ndarray):
+            return decode(Image.fromarray(source))
+        if isinstance(source, Image.Image):
+            return decode(source)
+        if isinstance(source, (str, os.PathLike)):
+            name = source
+            if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
+                raise ValueError("a folder or a pipe; give image files")
+            with open(source, "rb") as file:
+                return decode(Image.open(file, formats=FORMATS))
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = io.BytesIO(source)
+        if not hasattr(source, "read"):
+            raise ValueError(
+                "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
+                "of a tensor give tensor.permute(1, 2, 0).numpy()"
+            )
+        return decode(Image.open(source, formats=FORMATS))
+    except MemoryError:  # no fault of the image, which has been measured
         raise
     except Exception as error:  # for broken files Pillow raises all kinds
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}; save a HEIC, too, as one of these"
-        name = source
-        if not isinstance(source, (str, os.PathLike)):
-            name = getattr(source, "name", None) or type(source).__name__
         kind = ImageError if getattr(error, "errno", None) in OF_THE_FILE else OSError
         raise kind(f"{name}: cannot be read ({printable(reason)[:150]})") from None
 
