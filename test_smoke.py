@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -63,6 +64,7 @@ SCRIPTS = {
 # a short training; "plates" is the folder of the fixture crops
 FAST = "train --data plates --precision fp32 --epochs 1 --batch-size 20 --val 0.2"
 TINY = f"{FAST} --size 16 64"
+SMALL_RUN = "--data few --epochs 1 --batch-size 8 --size 16 64 --precision fp32 --synthetic 0"
 
 # ---------------------------------------------------------------------------------------
 # Fixtures
@@ -1635,8 +1637,9 @@ def test_a_copied_script_reads_in_a_terminal_without_chinese(copied, crop):
 # Commands: those of the README, but for those that take long or need what a clone lacks
 
 CODE = r"(?:^ {4}|`)python ([\w/]+\.py[^`#]*?)(?=`| *#|\n {4}|\n\n)"
-FOUND = re.findall(CODE, Path(HERE, "README.md").read_text("utf8"), re.M)
-COMMANDS = sorted({" ".join(command.split()) for command in FOUND if "notebook" not in command})
+README = Path(HERE, "README.md").read_text("utf8")
+FOUND = {" ".join(command.split()) for command in re.findall(CODE, README, re.M)}
+COMMANDS = sorted(command for command in FOUND if not re.search("notebook|make_reader", command))
 
 
 def test_the_commands_of_the_readme_are_found():
@@ -1672,3 +1675,33 @@ def test_command_of_the_readme_works(run, user, command):
     if "--label" in options:
         shutil.rmtree("named")
     assert not re.search(r"\bnan\b", run(script + options))
+
+
+def program(first):
+    """The lines of the README from one that begins with `first` to the next line of text."""
+    lines = re.search(rf"^( +){first}.*\n(\1.*\n|\n)*", README, re.M)
+    return textwrap.dedent(lines[0])
+
+
+def test_the_program_of_the_readme_names_crops_by_a_table(crop):
+    Path("labels.csv").write_text("file,plate\ncrop.jpg,皖AX511H\n", "utf-8-sig")
+    exec(program("import csv"), {})
+    assert data.find_crops("crops") == [(Path("crops/000000-皖AX511H.jpg"), "皖AX511H")]
+
+
+def test_the_program_of_the_readme_reads(crop, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(program("import sys"), {"array": HALVES})
+    plate, confidence = capfd.readouterr().out.splitlines()[0].split()
+    assert plate == next(predict.read(predict.load(), "crop.jpg")).plate
+    assert 0 <= float(confidence) <= 1
+
+
+@LATER
+def test_the_network_of_the_readme_trains_and_reads(copied, few, crop, monkeypatch):
+    with open("copied/model.py", "a") as file:
+        file.write(program("class Mine"))
+    own = copied("train")
+    monkeypatch.setattr(own, "EPOCH_IMAGES", 16)
+    own.main(f"--model mine {SMALL_RUN}".split())
+    copied("predict").main(["ckpt.pth", "crop.jpg"])
