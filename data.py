@@ -495,7 +495,7 @@ def pair(x, y):
     return linspace(x, y, 2).view(2, 1)
 
 
-def warp(images, size, extent):
+def warp(images, size, extent, strength):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
     The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so.
@@ -503,7 +503,7 @@ def warp(images, size, extent):
     is the inverse of what happens: from the picture back to the plate, both [-1, 1] both ways."""
     count = len(images)
     # in the photograph x is x + slant * y, and y is y + slant * x
-    slant = pair(0.06, 0.4) * randn(count, 2, 1)
+    slant = strength * pair(0.06, 0.4) * randn(count, 2, 1)
     eye = torch.eye(2)
     turn = eye - slant * eye.flip(0)  # (B, 2, 2)
     box = turn * (1 + slant.abs()).mT  # larger than a slanted plate, in each direction by its slant
@@ -513,23 +513,29 @@ def warp(images, size, extent):
     move = 0.04 * randn(count, 2, 1)
     view = pair(*extent) * torch.cat((box / zoom, move), 2)  # (B, 2, 3)
     grid = F.affine_grid(view, (count, 3, *size), align_corners=False)  # (B, H, W, 2)
+    # perspective: one end of the plate is nearer than the other
+    nearer_x, nearer_y = 0.06 * strength * randn(2, count, 1, 1)
+    depth = (
+        1 + nearer_x * linspace(-1, 1, size[1]) + nearer_y * linspace(-1, 1, size[0]).view(-1, 1)
+    )
+    grid = grid / depth.unsqueeze(3)  # (B, H, W, 1) divides both coordinates
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def relight(images):
+def relight(images, strength):
     """The light: its strength and colour, unevenness, and glare."""
     count = len(images)
     # a smooth field, which burns out where it is brightest
     light = resize(randn(count, 1, 2, 3), images.shape[2:], antialias=False)
-    exposure = 0.45 * randn(count, 1, 1, 1) + 0.25 * randn(count, 3, 1, 1) + 0.3 * light
+    exposure = 0.45 * randn(count, 1, 1, 1) + 0.15 * randn(count, 3, 1, 1) + 0.3 * light
     glare = (0.5 * light - 0.5).clamp(min=0)
-    return (images * exposure.exp() + glare).clamp(0, 1)
+    return (images * (strength * exposure).exp() + strength * glare).clamp(0, 1)
 
 
-def blur(images):
+def blur(images, strength):
     """The lens, one for all images: out of focus, moved along a line while it was open, and
     sharpened in the camera."""
-    pixels = images.shape[2] / 32  # the lengths are for a picture of 32 rows
+    pixels = strength * images.shape[2] / 32  # the lengths are for a picture of 32 rows
     across = 0.15 + pixels * 2 * random.random() ** 4
     along = across + pixels * 4 * random.random() ** 4
     angle = random.uniform(0, math.pi)
@@ -544,7 +550,7 @@ def blur(images):
     blurred = F.conv2d(padded, kernel.expand(3, 1, -1, -1), groups=3)
     # what differs from the surroundings is sharpened, which leaves a halo
     halo = images - F.avg_pool2d(images, 5, 1, 2, count_include_pad=False)
-    return blurred + 1.4 * random.random() ** 2 * halo
+    return blurred + 1.4 * strength * random.random() ** 2 * halo
 
 
 # By how much a file of quality 50 rounds each cosine wave in 8 x 8 pixels, from coarse to fine, for
@@ -599,13 +605,16 @@ def jpeg(images, quality):
 
 def photograph(images, size, extent):
     """One handful through the camera: the view, the light, the lens, the sensor, the file."""
+    # how much harm is done: every third handful is as sharp and well lit as a good photograph, in
+    # which the strokes of a character stand apart
+    strength = random.choice([1.0, 1.0, 0.25])
     # fewer pixels than the network's input, in each direction by a factor of its own; the last
     # line enlarges again
-    sensor = [round(side * (1 - 0.6 * random.random() ** 2)) for side in size]
-    images = warp(images, size, extent)
-    images = blur(relight(images))
+    sensor = [round(side * (1 - 0.6 * strength * random.random() ** 2)) for side in size]
+    images = warp(images, size, extent, strength)
+    images = blur(relight(images, strength), strength)
     images = resize(images, sensor)
-    noise = 0.05 * rand(len(images), 1, 1, 1) ** 3
+    noise = 0.05 * strength * rand(len(images), 1, 1, 1) ** 3
     images = 255 * (images + noise * randn(images.shape)).clamp(0, 1)
     images = jpeg(images, torch.randint(35, 96, (len(images), 1, 1, 1)))
     return resize(images, size, antialias=False).round().to(torch.uint8)

@@ -39,6 +39,14 @@ CANVAS_HEIGHT = HEIGHT + 2 * RIM
 EXTENT = (WIDTH / CANVAS_WIDTH, HEIGHT / CANVAS_HEIGHT)
 
 
+# Where characters stand: their left and upper edge, width and height in mm, and that of the dot.
+BLUE_CELLS = tuple((x, 25, 45, 90) for x in (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5))
+GREEN_CELLS = tuple((x, 25, 40, 90) for x in (14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5))
+# Two rows, as data.join_rows puts them side by side: the upper characters are small, the lower
+# ones as high as the plate.
+TWO_ROWS = ((18, 22, 33, 89), (75, 22, 33, 89), *((145 + 57 * k, 3, 46, 120) for k in range(5)))
+
+
 class PlateType(NamedTuple):
     """All that is special about one type of plate. Colours are RGB in [0, 1]."""
 
@@ -47,29 +55,40 @@ class PlateType(NamedTuple):
     ink: tuple = (0.0, 0.2)  # the darkest and the brightest grey of the characters and the border
     fade: float = 0.0  # how far the background turns white towards the top
     patterns: tuple = data.SEVEN
-    width: float = CHARACTER_WIDTH
-    lefts: tuple = (15.5, 72.5, 151.5, 208.5, 265.5, 322.5, 379.5)  # the characters' left edges
-    dot: float = 129.5  # its left edge
+    cells: tuple = BLUE_CELLS
+    dot: tuple = (129.5, 65)  # its left and upper edge
     faces: range = range(0, 5)  # rows of glyphs.png: one typeface in five widths of the pen
 
 
+YELLOW = ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))
+BRIGHT = (0.75, 1.0)
+FOREIGN = data.seven_characters("港澳", city="粤Z") + data.seven_characters("领") + 5 * data.EMBASSY
 PLATE_TYPES = (
-    # blue: cars, with bright ink
-    PlateType(0.80, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), (0.75, 1.0)),
-    # yellow: lorries and buses
-    PlateType(0.08, ((0.65, 0.45, 0.00), (1.00, 0.80, 0.35))),
-    # green: electric; one pattern in three is that of lorries and buses
+    PlateType(0.71, ((0.05, 0.10, 0.40), (0.35, 0.50, 1.00)), BRIGHT),  # blue: cars
+    # green: electric cars; one pattern in three is that of lorries and buses
     PlateType(
-        0.12,
+        0.11,
         ((0.10, 0.60, 0.20), (0.60, 0.85, 0.60)),
         fade=1.0,
         patterns=data.EIGHT,
-        width=40,
-        lefts=(14, 63.5, 148, 195.5, 243.5, 291, 339, 386.5),
-        dot=120.75,
+        cells=GREEN_CELLS,
+        dot=(120.75, 65),
         faces=range(5, 10),  # a typeface of their own
     ),
+    # lorries, buses and driving schools; from behind, in two rows, and trailers
+    PlateType(0.10, YELLOW, patterns=data.SEVEN + data.seven_characters("学")),
+    PlateType(
+        0.03,
+        YELLOW,
+        patterns=data.SEVEN + data.seven_characters("挂"),
+        cells=TWO_ROWS,
+        dot=(59, 60),
+    ),
+    PlateType(0.02, ((0.75, 0.75, 0.75), (1.0, 1.0, 1.0)), patterns=data.seven_characters("警")),
+    PlateType(0.03, ((0.0, 0.0, 0.0), (0.15, 0.15, 0.20)), BRIGHT, patterns=FOREIGN),
 )
+RED_CHARACTERS = "警使领"
+RED = (0.8, 0.1, 0.1)
 PRACTICE = 0.8  # of the strings that training draws, see random_text
 VALIDATION = (1000, "validation")  # how many, and their seed: training's seeds are no strings
 TEST = (2000, "test")
@@ -120,6 +139,17 @@ def draw_surroundings(count, mm):
     return colour * per_image(count) + (0.3 + 0.7 * per_image(count)) * blotches
 
 
+def draw_bolts(plate, mm):
+    """Bolts at four places, on about half of the plates each: bright or dark, lit from one side."""
+    for left, top in ((100, 8), (320, 8), (100, 114), (320, 114)):
+        side = round(random.uniform(8, 14) * mm)
+        across = linspace(-1, 1, side)
+        disc = across**2 + across.view(-1, 1) ** 2 < 1
+        colour = per_image(len(plate)) + random.choice([-0.4, 0.4]) * across
+        shown = disc * (per_image(len(plate)) < 0.5) * (0.4 + 0.6 * per_image(len(plate)))
+        stamp(plate, shown, left + random.uniform(0, 18), top + random.uniform(0, 10), colour, mm)
+
+
 def draw_background(plate, kind, ink, mm):
     """The colour, on green plates white at the top, and the thin line along the edge, fainter on
     some plates."""
@@ -137,18 +167,19 @@ def draw_background(plate, kind, ink, mm):
 
 
 def draw_characters(plate, kind, texts, ink, glyphs, mm):
-    """Stamp every character at its place, and the dot behind the second one."""
-    codes = [[data.ALPHABET.index(char) for char in text] for text in texts]
-    faces = [[random.choice(kind.faces)] for _ in texts]
-    # (B, 1) and (B, length) choose (B, length, h, w)
-    masks = glyphs[faces, codes]
-    masks = resize(masks, (masks.shape[2], round(kind.width * mm)))
-    for mask, x in zip(masks.split(1, 1), kind.lefts):
+    """Stamp every character into its cell, and the dot behind the second one."""
+    faces = [random.choice(kind.faces) for _ in texts]
+    for chars, (left, top, width, height) in zip(zip(*texts), kind.cells):
+        masks = glyphs[faces, [data.ALPHABET.index(char) for char in chars]]  # (B, h, w)
+        masks = resize(masks.unsqueeze(1), (round(height * mm), round(width * mm)))
+        is_red = torch.tensor([char in RED_CHARACTERS for char in chars]).view(-1, 1, 1, 1)
+        colour = torch.where(is_red, torch.tensor(RED).view(3, 1, 1), ink)
         # characters are not pressed exactly in place
-        stamp(plate, mask, x + random.uniform(-1.5, 1.5), random.uniform(23.5, 26.5), ink, mm)
+        x = left + random.uniform(-1.5, 1.5)
+        stamp(plate, masks, x, top + random.uniform(-1.5, 1.5), colour, mm)
     side = round(10 * mm)
     dot = per_image(len(texts)).expand(-1, 1, side, side)
-    stamp(plate, dot, kind.dot, 65, ink, mm)
+    stamp(plate, dot, *kind.dot, ink, mm)
 
 
 def paint(kind, texts, glyphs):
@@ -162,6 +193,7 @@ def paint(kind, texts, glyphs):
     ink = darkest + (brightest - darkest) * per_image(count)
     draw_background(plate, kind, ink, mm)
     draw_characters(plate, kind, texts, ink, glyphs, mm)
+    draw_bolts(plate, mm)
     return canvas
 
 
@@ -203,7 +235,7 @@ def text_picture(text, size):
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(0.9 * height)  # in which no 1 looks like an I, as on plates
     for k, char in enumerate(text):
-        if char in data.PROVINCES:
+        if char in data.ALPHABET and not char.isascii():
             glyph = load_glyphs(height)[2, data.ALPHABET.index(char)]
             draw.bitmap((k * step, 0), to_pil_image(glyph), "black")
         else:
