@@ -552,26 +552,33 @@ def golden():
 
 
 def test_a_seed_draws_the_same_pictures_on_every_machine(golden):
-    # changed last: the camera's JPEG became a computation in torch
-    assert statistics(golden[0]) == near([120.089, 76.039, 11.925, 11.727], abs=0.01)
+    # changed last: more kinds of plates, bolts, perspective, and a camera that harms less
+    assert statistics(golden[0]) == near([125.850, 74.644, 14.089, 13.930], abs=0.01)
 
 
 def test_a_seed_photographs_the_same_on_every_machine():
     rows, columns = np.indices((40, 160)) // 8
     board = torch.tensor(255 * ((rows + columns) % 2), dtype=torch.uint8)
     data.seed_all("camera")
-    # changed last: its JPEG became a computation in torch
+    # changed last: it harms every third handful less, and has perspective
     photographs = data.camera(board.expand(200, 3, -1, -1), SIZE)
-    assert statistics(photographs) == near([119.446, 80.030, 23.364, 25.686], abs=0.01)
+    assert statistics(photographs) == near([122.502, 92.175, 28.143, 30.374], abs=0.01)
 
 
 def test_a_seed_draws_the_same_strings(golden):
     assert golden[1] == plates.fixed_plates(200, "golden", (16, 64))[1]
 
 
-def test_drawn_strings_are_plates_of_every_province(golden):
+def test_drawn_strings_are_plates(golden):
     assert [text for text in golden[1] if not model.is_plate(text, data.PATTERNS)] == []
-    assert set(data.PROVINCES) <= {text[0] for text in golden[1]}
+
+
+@cases("kind", plates.PLATE_TYPES, ids=[str(k) for k in range(len(plates.PLATE_TYPES))])
+def test_every_character_that_a_kind_of_plate_has_is_drawn(kind):
+    data.seed_all("characters")
+    texts = [plates.random_text(kind.patterns, 0.0) for _ in range(3000)]
+    possible = {char for pattern in kind.patterns for chars in pattern for char in chars}
+    assert set("".join(texts)) == possible
 
 
 def test_short_and_long_plates_are_drawn(golden):
