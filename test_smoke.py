@@ -6,6 +6,7 @@ read: another one may come any day. Numbers that were measured stand in the draw
 loss alone, where nothing else sees a fault; beside each stands what changed it last.
 """
 
+import base64
 import contextlib
 import csv
 import errno
@@ -441,6 +442,23 @@ def test_the_cameras_jpeg_is_that_of_libjpeg(quality):
         to_pil_image(image).save(file, "JPEG", quality=quality)
     expected = torch.stack([data.load_image(file, (30, 100)) for file in files])
     assert abs(kept - expected).mean() < 1.5
+
+
+@cases("free, fits", [(3 * 16 * 64 * 54 - 1, False), (3 * 16 * 64 * 54, True)])
+def test_crops_that_the_disk_has_no_space_for_are_refused(crops, watch, free, fits):
+    watch(data.shutil, "disk_usage", lambda _: mock.Mock(free=free))
+    context = contextlib.nullcontext() if fits else pytest.raises(OSError, match="set TMPDIR")
+    with context:
+        data.load_crops(data.find_crops("plates/train"), (16, 64))
+
+
+def test_of_several_processes_the_first_tells(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "__stderr__", io.StringIO())
+    seconds = iter(range(0, 999, 4))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
+    assert list(data.in_threads(str, range(20))) == [str(k) for k in range(20)]
+    assert sys.__stderr__.getvalue() == ""
 
 
 # ---------------------------------------------------------------------------------------
@@ -1124,6 +1142,13 @@ def test_the_report_shows_the_least_sure_reads_if_all_are_right(run, crops):
     page = page_of("out")
     assert page.count("<img") == 6
     assert "<mark>" not in page
+
+
+def test_pictures_in_the_report_have_one_size(run, wrong):
+    run("evaluate --data wrong --report out")
+    page = Path("out/report.html").read_text("utf8")
+    picture = base64.b64decode(re.search('base64,([^"]+)', page)[1])
+    assert data.open_image(picture).size == (256, 64)
 
 
 def test_the_report_escapes_names(run, wrong):
