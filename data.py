@@ -119,6 +119,7 @@ def between(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse says: invalid float value
     return parse
 
 

@@ -12,11 +12,12 @@ Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2
 Copy this file into any project; it imports no other of ours.
 """
 
-import functools
 import itertools
 import math
-import timeit
+import os
+import zipfile
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -36,9 +37,8 @@ class CRNN(nn.Module):
     """Our network, "small": strided convolutions down to one row of width / 4 columns, one
     recurrent layer, and a skip connection past it.
 
-    size: (height, width) of the images, multiples of 16 and 4. rnn: "lstm" or "gru"."""
+    size: (height, width) of the images. rnn: "lstm" or "gru"."""
 
-    multiples = (16, 4)
     # the convolutions, from the image on: (channels, stride in rows, stride in columns)
     layers = (
         (32, 2, 2),  # (B, 32, 16, 64) for an image of 32 x 128
@@ -52,14 +52,14 @@ class CRNN(nn.Module):
 
     def __init__(self, alphabet, size=(32, 128), rnn="lstm", bidirectional=True):
         super().__init__()
-        self.steps = size[1] // 4
         self.cnn = nn.Sequential()
         c_in = 3  # red, green, blue
         for c_out, *stride in self.layers:
             self.cnn.append(ConvNorm(c_in, c_out, stride=stride))
             c_in = c_out
         # the rows that are left become one
-        self.cnn.append(ConvNorm(c_in, 256, kernel_size=(size[0] // 16, 1), padding=0))
+        rows = math.ceil(size[0] / 16)
+        self.cnn.append(ConvNorm(c_in, 256, kernel_size=(rows, 1), padding=0))
         self.rnn = RECURRENT[rnn](256, 96, bidirectional=bidirectional)
         self.fc = nn.Linear(96 * (1 + bidirectional), len(alphabet) + 1)
         self.skip = nn.Linear(256, len(alphabet) + 1)
@@ -90,10 +90,7 @@ class NotebookCRNN(nn.Module):
     """The baseline's network: five blocks of two convolutions and a max-pool, the mean over the
     height, a linear map from width / 32 columns to 20 time steps, two recurrent layers.
 
-    size: (height, width) of the images, multiples of 32. rnn: "lstm" or "gru"."""
-
-    multiples = (32, 32)
-    steps = 20
+    size: (height, width) of the images. rnn: "lstm" or "gru"."""
 
     def __init__(self, alphabet, size, rnn, bidirectional):
         super().__init__()
@@ -101,9 +98,9 @@ class NotebookCRNN(nn.Module):
         c_in = 3
         for c_out in (32, 64, 128, 256, 512):
             self.cnn.append(ConvNorm(c_in, c_out))
-            self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2)))
+            self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2, ceil_mode=True)))
             c_in = c_out
-        self.proj = nn.Linear(size[1] // 32, self.steps)
+        self.proj = nn.Linear(math.ceil(size[1] / 32), 20)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
         self.fc = nn.Linear(256 * (1 + bidirectional), len(alphabet) + 1)
 
@@ -117,6 +114,11 @@ class NotebookCRNN(nn.Module):
         return self.fc(self.rnn(x)[0])  # (T, B, C)
 
 
+# --model NAME takes a class from here. To add your own: it is built with alphabet, size, rnn and
+# bidirectional, whether it needs them or not. It takes uint8 images (B, 3, H, W) and gives logits
+# (T, B, C): T time steps, at least one a character, and C = len(alphabet) + 1 classes, of which
+# the first is the blank. Where a batch-norm follows a convolution in an nn.Sequential, reading
+# makes one layer of both. All else is free; it trains with the recipe of "small" (see train.py).
 NETWORKS = {"small": CRNN, "wide": WideCRNN, "notebook": NotebookCRNN}
 
 
@@ -146,8 +148,8 @@ def ctc_loss(logits, texts, alphabet, reduction="mean"):
     alignments to the T steps (Graves et al., 2006); inf if the string needs more than T steps."""
     # float32: sums over alignments do not survive half precision
     log_probs = logits.float().log_softmax(2)
-    # on the CPU, so that no GPU is waited for
     targets = torch.tensor([alphabet.index(char) + 1 for char in "".join(texts)])
+    targets = targets.to(logits.device, non_blocking=True)  # so that no GPU is waited for
     lengths = list(map(len, texts))
     steps = len(texts) * [len(logits)]
     return F.ctc_loss(log_probs, targets, steps, lengths, BLANK, reduction)
@@ -242,16 +244,17 @@ def pick_device(name=None):
         raise OSError(f"--device {name}: not on this machine; give cpu, or nothing") from None
 
 
-@functools.lru_cache
 def pick_precision(device):
-    """The fastest of "bf16", "fp16" and "fp32" that the device has circuits for."""
+    """The fastest of "bf16", "fp16" and "fp32" that the device has circuits for.
+
+    Always the same on one machine, so that a seed gives the same weights."""
     if device.type == "cuda":
         # bf16 that an older GPU emulates is slower than fp16
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # many CPUs imitate bf16 at a fifth of their float32 speed
-    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in matrices)
-    return "bf16" if bf16 < fp32 / 1.3 else "fp32"
+    # Many CPUs imitate bf16 at a fifth of their float32 speed. Linux tells which do not; where
+    # nothing is told or was measured, as on ARM, float32 is never slow.
+    flags = Path("/proc/cpuinfo")
+    return "bf16" if flags.exists() and "avx512_bf16" in flags.read_text() else "fp32"
 
 
 def autocast(device, precision):
@@ -268,7 +271,7 @@ def images_at_once(network):
 @torch.inference_mode()
 def predict_logits(network, images, precision="fp32"):
     """uint8 (B, 3, H, W) on any device to float32 logits (T, B, C) on the CPU."""
-    device = network.fc.weight.device
+    device = next(network.parameters()).device
     pieces = images.split(images_at_once(network))
     with autocast(device, precision):
         logits = [network(piece.to(device, non_blocking=True)).float() for piece in pieces]
@@ -277,43 +280,101 @@ def predict_logits(network, images, precision="fp32"):
 
 # ---------------------------------------------------------------------------------------
 # Checkpoints: {"model": weights, "config": see build_network, "args": {"data": a folder or None,
-# "labels": hashes of those learnt}, "history": a list}, and what the trainer adds, in plain types.
+# "labels": hashes of those learnt}, "history": a dict of numbers for each epoch}, and what the
+# trainer adds, in plain types.
 
 
 def is_config(model, alphabet, size, rnn, bidirectional):
     """Whether build_network can build what a user or a file asks for."""
-    rows, columns = NETWORKS[model].multiples
     height, width = size
-    fits = height in range(rows, 513, rows) and width in range(64, 2049, columns)
     # a read may become the name of a file, and a line on a terminal
     is_text = alphabet.isprintable() and not set(alphabet) & set("/\\")
-    return fits and is_text and rnn in RECURRENT and isinstance(bidirectional, bool)
+    return (
+        model in NETWORKS
+        and is_text
+        and len(set(alphabet)) == len(alphabet) > 0
+        and {type(height), type(width)} == {int}
+        and 16 <= height <= 512
+        and 64 <= width <= 2048
+        and rnn in RECURRENT
+        and isinstance(bidirectional, bool)
+    )
+
+
+def is_checkpoint(path):
+    """Whether a path, whatever its name, may be that of a checkpoint: these are zip archives."""
+    return os.path.isfile(path) and zipfile.is_zipfile(path)
+
+
+def fold_norms(network):
+    """Make each batch-norm a part of the convolution before it: the same function, less work."""
+    for layers in list(network.modules()):
+        if type(layers).forward is not nn.Sequential.forward:
+            continue  # it need not use its layers one after another
+        for k in range(1, len(layers)):
+            conv = layers[k - 1]
+            norm = layers[k]
+            is_norm = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+            if is_norm and isinstance(conv, nn.Conv2d):
+                layers[k - 1] = fuse_conv_bn_eval(conv, norm)
+                layers[k] = nn.Identity()
 
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py: (network ready to read, all that the file holds).
 
     To train on, load content["model"] into build_network(**content["config"]): this network is in
-    eval mode, and its batch-norms are folded. Files of strangers cannot run code. Raises OSError
-    with one sentence."""
-    broken = OSError(
-        f"{path}: not a checkpoint for this model.py; is it absent, an image, or cut off?"
-    )
+    eval mode, and its batch-norms are folded. Files of strangers cannot run code, nor take more
+    memory than their size tells. Raises OSError with one sentence."""
+    if not os.access(path, os.R_OK):
+        raise OSError(f"{path}: no such file, or not yours to read")
+    broken = OSError(f"{path}: not a checkpoint, or damaged; give a file that train.py wrote")
+    if not is_checkpoint(path):
+        raise broken
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = dict(content["model"])
-        is_finite = all(tensor.isfinite().all() for tensor in weights.values())
-        if not (is_finite and is_config(**content["config"]) and "labels" in content["args"]):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > os.path.getsize(path):  # a small file could fill the memory
             raise broken
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises all kinds of errors
         raise broken from None
-    network = build_network(**content["config"])
+    other = f"{path}: made by another model.py, or not by train.py;"
     try:
-        network.load_state_dict(weights)
-    except RuntimeError:
-        raise broken from None
-    network.to(device).eval()
-    # each batch-norm becomes part of its convolution: the same function, with less work
-    for layer in network.cnn:
-        layer[0] = fuse_conv_bn_eval(layer[0], layer.pop(1))
-    return network, content
+        weights = dict(content["model"])
+        config = content["config"]
+        args = content["args"]
+        numbers = [number for row in content["history"] for number in row.values()]
+        is_plain = (
+            is_config(**config)
+            and isinstance(args["data"], (str, type(None)))
+            and {*map(type, args["labels"])} <= {int}
+            and {*map(type, numbers)} <= {int, float}
+        )
+    except KeyError as error:
+        raise OSError(f"{other} it lacks {error}") from None
+    except (TypeError, ValueError, AttributeError):  # it holds other types
+        is_plain = False
+    if not is_plain:
+        raise OSError(f"{other} its config, args or history does not fit")
+    with torch.device("meta"):  # shapes without memory
+        places = build_network(**config).state_dict()
+    for name in places | weights:
+        weight = weights.get(name)
+        place = places.get(name)
+        if not (
+            isinstance(weight, torch.Tensor)
+            and isinstance(place, torch.Tensor)
+            and (weight.shape, weight.layout) == (place.shape, place.layout)
+            and weight.dtype in (place.dtype, torch.float16)
+            and weight.device.type == "cpu"
+            # a file can hold one number and say that it stands for millions
+            and weight.untyped_storage().nbytes() >= weight.nbytes
+        ):
+            raise OSError(f"{other} its {name} does not fit")
+    network = build_network(**config)
+    network.load_state_dict(weights)
+    fold_norms(network.eval())
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise OSError(f"{path}: its weights are not finite; train again with a lower --lr")
+    return network.to(device), content

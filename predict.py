@@ -181,7 +181,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     patterns = plate_patterns(network, grammar)
     if adapt and not patterns:
         raise OSError("--adapt: only Chinese plates have provinces; drop it")
-    precision = precision or model.pick_precision(network.fc.weight.device)
+    precision = precision or model.pick_precision(next(network.parameters()).device)
     options = (network, precision, patterns, top, adapt)
     one = (str, bytes, os.PathLike, Image.Image)
     if isinstance(sources, one) or 1 < getattr(sources, "ndim", 4) < 4:

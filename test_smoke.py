@@ -725,10 +725,11 @@ def test_the_light_does_not_matter():
     assert torch.allclose(network(image // 2), network(image), atol=0.1)
 
 
-def test_the_faster_precision_is_picked(watch):
-    pick = model.pick_precision.__wrapped__  # without its cache
-    watch(model.timeit, "repeat", [[3.0], [1.0], [1.0], [1.0]])  # seconds: fp32, bf16, again
-    assert [pick(torch.device("cpu")), pick(torch.device("cpu"))] == ["bf16", "fp32"]
+def test_the_precision_is_what_the_processor_has_circuits_for(watch):
+    watch(model.Path, "exists", [True, True, False])
+    watch(model.Path, "read_text", ["avx512f avx512_bf16 amx_tile", "avx512f avx512_vnni"])
+    picked = [model.pick_precision(torch.device("cpu")) for _ in range(3)]
+    assert picked == ["bf16", "fp32", "fp32"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -892,7 +893,8 @@ def scripted(monkeypatch):
             if pair is None:
                 raise OSError("stopped")
             distance, loss = pair
-            return real(network, *others) | {"levenshtein": distance, "val_loss": loss}
+            accuracy, cer, _, _ = real(network, *others)
+            return accuracy, cer, distance, loss
 
         monkeypatch.setattr(train, "validate", validate)
         return seen
@@ -900,7 +902,8 @@ def scripted(monkeypatch):
     return script
 
 
-FOUR_EPOCHS = f"{TINY} --data few --batch-size 8 --epochs 4 --synthetic 0.5"
+# without crops held out, so that validation is asked once an epoch
+FOUR_EPOCHS = f"{TINY} --data few --batch-size 8 --epochs 4 --synthetic 0.5 --val 0"
 
 
 @pytest.fixture
@@ -962,6 +965,7 @@ def interrupted(run, few, scripted):
         ("--epochs 5", "epochs"),
         ("--batch-size 10", "batch_size"),
         ("--val 0.1", "val"),
+        ("--data plates", "labels"),
         ("--weight-decay 0.5", "weight_decay"),
         ("--no-augment", "augment"),
     ],
@@ -970,15 +974,18 @@ def test_resume_refuses_another_run(run, interrupted, change, name):
     assert name in run(f"{FOUR_EPOCHS} --resume {change}", fails=True)
 
 
-@cases("change", ["--lr 1e-4", "--device cpu", f"--precision {HALF}"])
+@cases("change", ["--lr 1e-4", "--device cpu", f"--precision {HALF}", "--data moved"])
 def test_resume_may_change_what_cures_a_run(run, interrupted, change):
+    os.symlink("few", "moved")
     assert "resumed after epoch 1" in run(f"{FOUR_EPOCHS} --resume {change}")
 
 
 def test_the_file_of_an_earlier_run_is_kept(run, crops):
     Path("ckpt.pth").write_text("old")
-    assert "ckpt.pth.bak" in run(TINY)
-    assert Path("ckpt.pth.bak").read_text() == "old"
+    Path("ckpt-1.pth").write_text("older")
+    assert "ckpt-2.pth" in run(TINY)
+    assert Path("ckpt-1.pth").read_text() == "older"
+    assert Path("ckpt-2.pth").read_text() == "old"
 
 
 @pytest.fixture
@@ -1020,7 +1027,7 @@ def test_it_learns_from_nothing_in_spite_of_a_step_that_is_not_finite(
 
 def test_a_loss_that_is_never_finite_ends_the_run(run, binary, spoil):
     spoil(200 * [np.nan])
-    assert "not finite; lower --lr" in run(binary, fails=True)
+    assert "not finite; train again with a lower --lr" in run(binary, fails=True)
 
 
 def test_a_label_that_is_too_long_for_the_steps_is_named(run):
@@ -1028,8 +1035,10 @@ def test_a_label_that_is_too_long_for_the_steps_is_named(run):
     Image.fromarray(HALVES).save("long/1-00000000.png")  # 15 steps, 16 are there
     assert "1 crops" in run("train --data long --alphabet 01 --epochs 1 --val 0 --size 16 64")
     Image.fromarray(HALVES).save("long/2-000000000.png")  # 17 steps
+    Image.fromarray(HALVES).save("long/3-111111111.png")
     said = run("train --data long --alphabet 01 --epochs 1 --val 0 --size 16 64", fails=True)
     assert "2-000000000.png" in said
+    assert "3-111111111.png" in said
     assert "too long" in said
 
 
@@ -1449,7 +1458,7 @@ def test_an_exported_network_computes_the_same_and_brings_its_alphabet(run):
 @pytest.fixture
 def trouble(crops, crop, frames):
     """All kinds of files that cannot be used."""
-    os.symlink(READER, "ckpt.pth")
+    shutil.copy(READER, "ckpt.pth")
     shutil.copy("crop.jpg", "crop.png")
     Path("half.pth").write_bytes(READER.read_bytes()[:5000])
     Path("trap.pth").write_bytes(b"cos\nsystem\n(S'touch trapped'\ntR.")  # if loaded with trust
@@ -1467,8 +1476,8 @@ MISTAKES = [
     ("predict half.pth crop.jpg", "half.pth", "not a checkpoint"),
     ("evaluate trap.pth", "trap.pth", "not a checkpoint"),
     ("train --init crop.jpg", "crop.jpg", "not a checkpoint"),
-    ("predict absent.pth.bak crop.jpg", "absent.pth.bak", "not a checkpoint"),
-    ("predict misfit.pth crop.jpg", "misfit.pth", "not a checkpoint"),
+    ("evaluate absent.pth", "absent.pth", "no such file"),
+    ("predict misfit.pth crop.jpg", "misfit.pth", "another model.py"),
     ("predict a.jfif", "a.jfif", "cannot be read"),
     ("predict zero.jpg", "zero.jpg", "cannot be read"),
     ("predict pipe.jpg", "pipe.jpg", "cannot be read"),
@@ -1483,6 +1492,9 @@ MISTAKES = [
     ("predict --above 2", "--above", "give a number"),
     ("train --epochs 0", "--epochs", "give a number"),
     ("train --lr nan", "--lr", "give a number"),
+    ("train --lr abc", "--lr", "invalid float value"),
+    ("train --data ''", "--data ''", "cannot be listed"),
+    ("train --synthetic 0", "--synthetic 0", "no crops to learn from"),
     ("train --val 2", "--val", "give a number"),
     ("predict crop.jpg --device cuda:99", "cuda:99", "not on this machine"),
     ("evaluate --data bad", "bad", "none can be read"),
@@ -1492,8 +1504,8 @@ MISTAKES = [
     ("evaluate --data frames", "frames", "no labelled"),
     ("plates show x.png empty", "empty", "no labelled"),
     ("train --alphabet ab", "alphabet", "give --data"),
-    ("train --size 50 131", "--size", "multiples of"),
-    ("train --size 32 28", "--size", "multiples of"),
+    ("train --size 8 131", "--size", "give 16 64"),
+    ("train --size 32 28", "--size", "give 16 64"),
     ("train --alphabet empty.txt", "--alphabet", "holds no char"),
     ("train --alphabet absent.txt", "absent.txt", "No such file"),
     ("train --alphabet a/", "--alphabet", "no / in"),
@@ -1562,7 +1574,8 @@ LATER = pytest.mark.xfail(strict=True)
         ("evaluate --data plates --report report", "report"),
         pytest.param("predict crop.jpg --explain ctc.png", "ctc.png", marks=LATER),
         pytest.param("predict plates/test --label named", "named", marks=LATER),
-        pytest.param(TINY, "ckpt.pth", marks=LATER),
+        pytest.param(TINY, "TMPDIR", marks=LATER),
+        ("train --epochs 1 --size 16 64 --batch-size 20 --precision fp32", "ckpt.pth"),
         pytest.param("plates show sheet.png plates", "sheet.png", marks=LATER),
         pytest.param("plates render drawn --count 2", "drawn", marks=LATER),
         ("data crop frames cut", "cut"),
@@ -1651,7 +1664,7 @@ def copied(afresh, tmp_path, monkeypatch):
     ],
 )
 def test_copied_scripts_say_what_they_lack(copied, crop, name, arguments, words):
-    os.symlink(READER, "ckpt.pth")
+    shutil.copy(READER, "ckpt.pth")
     with pytest.raises(SystemExit, match=words):
         copied(name).main(arguments.split())
 
@@ -1681,7 +1694,7 @@ def test_the_commands_of_the_readme_are_found():
 @pytest.fixture
 def user(rendered, crop, frames):
     """A folder with all that the commands name."""
-    os.symlink(READER, "ckpt.pth")
+    shutil.copy(READER, "ckpt.pth")
     os.symlink(HERE / "assets", "assets")
     for number, path in enumerate(sorted(Path(rendered).rglob("*.jpg"))):
         *_, split, name = path.parts
@@ -1729,7 +1742,6 @@ def test_the_program_of_the_readme_reads(crop, monkeypatch, capfd):
     assert 0 <= float(confidence) <= 1
 
 
-@LATER
 def test_the_network_of_the_readme_trains_and_reads(copied, few, crop, monkeypatch):
     with open("copied/model.py", "a") as file:
         file.write(program("class Mine"))

@@ -8,16 +8,14 @@
     torchrun --nproc-per-node 8 train.py --data CCPD2019-dl1 --epochs 5    # eight GPUs
 
 All of a run is in one file, ckpt.pth: the best weights, the arguments, the history, and until
-the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt.pth.bak.
-
-Of the options that stand in RECIPES: --warmup is in steps, at most a fifth of the run; with --decay
-the learning rate falls to 0; --clip is the max gradient norm; --prior discounts how often each
-province occurs among the crops.
+the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt-1.pth, or the next
+number that is free.
 """
 
 import argparse
 import copy
 import io
+import itertools
 import math
 import os
 import sys
@@ -37,10 +35,11 @@ try:
 except ImportError:  # this file was copied without assets/: it can learn from crops
     plates = None
 
-# All that differs between the recipes: each number and each switch is an option as well, such as
-# --batch-size or --no-augment. The baseline's values are its own.
+# What the options are where nobody gives them. The baseline's values are its own.
 SMALL = {
+    "alphabet": data.ALPHABET,
     "size": [32, 128],
+    "rnn": "lstm",
     "bidirectional": True,
     "epochs": 16,
     "batch_size": 32,
@@ -48,16 +47,17 @@ SMALL = {
     "weight_decay": 0.02,
     "optimizer": "AdamW",
     "amsgrad": False,
-    "warmup": 300.0,  # steps; a float, since it may be 0 and whole numbers must be at least 1
-    "decay": True,  # the learning rate falls to 0
-    "clip": 5.0,  # max gradient norm
-    "prior": True,  # see province_prior
+    "warmup": 300,
+    "decay": True,
+    "clip": 5.0,
+    "prior": True,
     "synthetic": None,  # by the number of crops, see synthetic_share
     "augment": True,
 }
 NOTEBOOK = {
     "alphabet": data.NOTEBOOK_ALPHABET,
     "size": [96, 448],
+    "rnn": "lstm",
     "bidirectional": False,
     "epochs": 5,
     "batch_size": 128,
@@ -65,64 +65,101 @@ NOTEBOOK = {
     "weight_decay": 1e-4,
     "optimizer": "Adam",
     "amsgrad": True,
-    "warmup": 0.0,
+    "warmup": 0,
     "decay": False,
     "clip": math.inf,
     "prior": False,
     "synthetic": 0.0,
     "augment": False,
 }
-RECIPES = {"small": SMALL, "wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}
+RECIPES = {"wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}  # of all others: SMALL
+# Not tried: with four times the images in a step, Adam's rate is twice as high, by the square root
+# (Malladi et al., 2022, arXiv:2205.10287).
+ON_GPU = {"batch_size": 4 * SMALL["batch_size"], "lr": 2 * SMALL["lr"]}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
-MAY_CHANGE = {"resume", "out", "device", "precision", "lr"}  # in a run that is resumed
+# in a run that is resumed; of --data the labels are compared, wherever they lie now
+MAY_CHANGE = {"resume", "out", "data", "init", "device", "precision", "lr"}
 EPOCH_IMAGES = 20_000  # an epoch has at least so many: small data sets are repeated
 MOST_VIEWS = 80  # a run shows each crop about so often at most, or it overfits
 MOST_CROPS = 0.5  # of a batch: the rest is drawn, however many crops there are
+ENOUGH_CROPS = 100  # so many held out, or more, choose the best weights alone
+# scores in the history: of the crops held out, and of drawn plates
+CROPS = ("accuracy", "cer", "levenshtein", "val_loss")
+DRAWN = ("drawn_accuracy", "drawn_cer", "drawn_levenshtein", "drawn_loss")
 
 
 def parse_arguments(argv):
     """All the arguments, and those among them that model.build_network takes, as a dict."""
     parser, add = data.make_parser(__doc__)
     share = data.between(float, 0, 1)
-    # its whole path: evaluation may run in another folder
-    add(
-        "--data",
-        type=os.path.realpath,
-        help="labelled crops, or a folder with train inside (default: drawn plates)",
-    )
+    count = data.between(int, 1, math.inf)
+    number = data.between(float, 0, math.inf)
+    switch = argparse.BooleanOptionalAction
+    add("--data", help="labelled crops, or a folder with train inside (default: drawn plates)")
     add("--out", default="ckpt.pth", help="checkpoint to write (default: %(default)s)")
-    add("--model", choices=RECIPES, default="small", help="network and recipe")
-    add("--rnn", choices=model.RECURRENT, default="lstm", help="recurrent layer")
+    add("--model", choices=model.NETWORKS, help="network and recipe (default: small)")
+    add("--rnn", choices=model.RECURRENT, help="recurrent layer (default: lstm)")
+    add("--bidirectional", action=switch, help="let it read from both ends")
     add("--size", type=int, nargs=2, help="height and width of the images")
-    add("--alphabet", type=data.read_alphabet, default=data.ALPHABET, help="or a .txt of it")
+    add("--alphabet", type=data.read_alphabet, help="or a .txt of it (default: plates')")
     add("--synthetic", type=share, help="share of drawn plates (default: by the crops)")
     add("--val", type=share, default=0.05, help="share of the labels that is held out")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--init", help="a checkpoint: start from its weights")
     add("--resume", action="store_true", help="go on after the last whole epoch of --out")
     data.machine_options(add)
-    # the numbers and switches of the recipe are options too
-    for name, value in SMALL.items():
-        flag = f"--{name.replace('_', '-')}"
-        kind = type(value)
-        if kind is bool:
-            add(flag, action=argparse.BooleanOptionalAction, help=f"(small: {value})")
-        elif kind in (int, float):
-            add(flag, type=data.between(kind, int(kind is int), math.inf), help=f"(small: {value})")
+    # of these, too, the recipe of --model has the defaults
+    add("--epochs", type=count, help="(small: 16)")
+    add("--batch-size", type=count, help="images in a step of one process (small: 32)")
+    add("--lr", type=number, help="highest learning rate (small: 0.002)")
+    add("--weight-decay", type=number, help="(small: 0.02)")
+    add("--warmup", type=number, help="steps, at most a fifth of the run (small: 300)")
+    add("--decay", action=switch, help="let the learning rate fall to 0 (small: yes)")
+    add("--clip", type=number, help="max gradient norm (small: 5)")
+    add("--amsgrad", action=switch, help="of the optimizer (small: no)")
+    add("--prior", action=switch, help="discount how often a province occurs (small: yes)")
+    add("--augment", action=switch, help="photograph crops anew each time (small: yes)")
     args = parser.parse_args(argv)
-    known = model.load_checkpoint(args.init)[0].config if args.init else {"model": args.model}
-    # Again: now the values of the recipe, or of the checkpoint, are the defaults.
-    parser.set_defaults(**RECIPES[known["model"]] | known)
-    args = parser.parse_args(argv)
+    known = {"model": args.model or "small"}
+    if args.init:
+        known = model.load_checkpoint(args.init)[1]["config"]
+    recipe = RECIPES.get(known["model"], SMALL) | known
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    if on_gpu and recipe["batch_size"] == 32 and not args.batch_size:
+        recipe |= ON_GPU
+    for name, value in recipe.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
     config = {name: vars(args)[name] for name in CONFIG}
     if args.init and config != known:
         raise OSError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
     if not model.is_config(**config):
-        raise OSError(
-            f"--size {args.size}: give multiples of {model.NETWORKS[args.model].multiples}, "
-            "64 wide to 512 2048, and no / in --alphabet"
-        )
+        raise OSError(f"--size {args.size}: give 16 64 to 512 2048, and no / in --alphabet")
+    if args.data is not None:
+        if not os.path.isdir(args.data):
+            raise OSError(f"--data {args.data!r}: cannot be listed; give a folder of crops")
+        args.data = os.path.realpath(args.data)  # evaluation may run in another folder
     return args, config
+
+
+def find_processes():
+    """The number of this process, in all and on its machine, and how many processes there are, as
+    torchrun's environment says. They have found each other then. Raises OSError."""
+    try:
+        rank = int(os.getenv("RANK", 0))
+        local_rank = int(os.getenv("LOCAL_RANK", rank))
+        world_size = int(os.getenv("WORLD_SIZE", 1))
+        local_size = int(os.getenv("LOCAL_WORLD_SIZE", world_size))
+        if not (0 <= rank < world_size and 0 <= local_rank < local_size):
+            raise ValueError(f"process {rank} of {world_size}")
+        if world_size > 1:
+            dist.init_process_group()  # nccl for GPUs, gloo for CPUs
+    except (ValueError, dist.DistError) as error:
+        raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
+    if world_size > 1:
+        # torchrun gives each one thread, and crops are decoded in threads
+        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    return rank, local_rank, world_size
 
 
 def learning_rate(step, steps, args):
@@ -136,6 +173,11 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
+    if not num_crops and args.synthetic not in (None, 1):
+        raise OSError(
+            f"--synthetic {args.synthetic:g}: no crops to learn from; give --data, or a smaller "
+            "--val, or --synthetic 1"
+        )
     can_draw = plates and set(data.NOTEBOOK_ALPHABET) <= set(args.alphabet)
     share = args.synthetic if num_crops else 1.0
     if share is None:
@@ -154,45 +196,79 @@ def province_prior(texts, alphabet):
     0 for all other classes. Training adds it to the logits of crops, and reading goes without
     it. So the network learns what a province looks like, and not how many photographs came from
     there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
+    if not (texts and data.is_chinese(alphabet)):
+        return torch.zeros(len(alphabet) + 1)
     counts = Counter(text[0] for text in texts)
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
-    provinces = data.PROVINCES if data.is_chinese(alphabet) else ""
-    numbers = [counts[char] + smallest if char in provinces else 0.0 for char in alphabet]
+    numbers = [counts[char] + smallest if char in data.PROVINCES else 0.0 for char in alphabet]
     share = torch.tensor([0.0, *numbers]) / sum(numbers)  # the blank's first
     # over the crops log(share) has the mean -entropy: with the entropy added the mean is 0, and
     # provinces gain nothing against other classes
     return torch.where(share > 0, share.log() + torch.special.entr(share).sum(), 0)
 
 
-def validate(network, validation, precision):
-    """The scores of greedy reads of the validation set, and their mean loss, as a dict.
-
-    validation: pairs of images, uint8 (B, 3, H, W), and their texts."""
+def validate(network, images, texts, precision):
+    """Four scores of greedy reads: accuracy, CER, Levenshtein distance and mean loss."""
     alphabet = network.config["alphabet"]
-    images, texts = zip(*validation)
-    texts = sum(texts, [])
-    logits = model.predict_logits(network, torch.cat(images), precision)
+    logits = model.predict_logits(network, images, precision)
     scores = evaluate.metrics(texts, model.greedy_decode(logits, alphabet))
-    return scores | {"val_loss": model.ctc_loss(logits, texts, alphabet).item()}
+    return (*scores.values(), model.ctc_loss(logits, texts, alphabet).item())
+
+
+def score(row, kinds):
+    """What the best epoch has least of: edits, then loss, each the sum over `kinds` of means."""
+    edits = sum(row[levenshtein] for _, _, levenshtein, _ in kinds)
+    losses = sum(row[loss] for _, _, _, loss in kinds)
+    return edits, losses
+
+
+def finite(numbers):
+    """Those of a list of numbers on a device that are finite, as a tensor."""
+    numbers = torch.stack(numbers)
+    return numbers[numbers.isfinite()]
+
+
+def free_name(path):
+    """ckpt-1.pth for ckpt.pth, or the next number that is free. Raises OSError for a name that is
+    too long."""
+    path = Path(path)
+    for k in itertools.count(1):
+        name = path.with_name(f"{path.stem}-{k}{path.suffix}")
+        try:
+            name.lstat()
+        except FileNotFoundError:
+            return name
+
+
+def content_of(path):
+    """The bytes of a file, or None if there is none."""
+    return Path(path).read_bytes() if os.path.exists(path) else None
 
 
 def train(args, config):
     """The whole run, with what parse_arguments returns. Raises OSError with one sentence the user
     can act on."""
-    # 1) the device, and the processes that share the run: torchrun's environment says which
+    # 1) the processes that share the run, and the device of this one
     data.check_output(args.out, ".pth")
+    out = os.path.realpath(args.out)  # a link is followed
+    free_name(out)
+    written = content_of(out)
+    rank, local_rank, world_size = find_processes()
+    if world_size > 1 and args.device != "cpu" and torch.cuda.is_available():
+        args.device = f"cuda:{local_rank}"  # the first GPU is not everybody's
     device = model.pick_device(args.device)
-    precision = args.precision or model.pick_precision(device)
-    rank = int(os.getenv("RANK", 0))
-    world_size = int(os.getenv("WORLD_SIZE", 1))
-    if world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group()  # nccl for GPUs, gloo for CPUs
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if rank > 0:
         sys.stdout = None  # the first process tells how the run goes
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
+    content = {"config": config, "history": [], "args": {}}  # see model.py
+    is_resumed = args.resume and written is not None
+    if is_resumed:
+        content = model.load_checkpoint(out)[1]
+    args.precision = (
+        args.precision or content["args"].get("precision") or model.pick_precision(device)
+    )
 
     # 2) the network
     data.seed_all(args.seed)
@@ -203,6 +279,14 @@ def train(args, config):
         network.load_state_dict(content["model"])
         learnt = content["args"]["labels"]
     network.to(device)
+    # three images go through it now: a network of your own may be wrong
+    images = torch.zeros(3, 3, *args.size, dtype=torch.uint8)
+    logits = model.predict_logits(network.eval(), images)
+    if logits.shape[1:] != (3, len(args.alphabet) + 1):
+        raise OSError(
+            f"--model {args.model}: gives {tuple(logits.shape)} for 3 images; its logits are to be "
+            f"(steps, 3, {len(args.alphabet) + 1})"
+        )
     # gradients averaged over all processes
     parallel = torch.nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
 
@@ -210,27 +294,37 @@ def train(args, config):
     labelled = []
     held_out = []
     if args.data:
-        for path, text in data.find_crops(data.split_folder(args.data, "train"), args.alphabet):
-            if model.steps_needed(text) > network.steps:
-                raise OSError(f"{path}: too long for {network.steps} time steps; remove it")
+        crops = data.find_crops(data.split_folder(args.data, "train"), args.alphabet)
+        too_long = [str(path) for path, text in crops if model.steps_needed(text) > len(logits)]
+        if too_long:
+            raise OSError(
+                f"{', '.join(too_long)}: too long for {len(logits)} time steps; remove them"
+            )
+        for path, text in crops:
             (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
+    # With 1,145 crops to learn from and --epochs 4, a batch of 32 is 16 crops and 16 drawn plates,
+    # and an epoch has 625 steps; each crop is seen 35 times in the run.
     share = synthetic_share(len(labelled), args)
-    # in a batch; at least one crop, unless all is to be drawn
-    num_drawn = min(round(share * args.batch_size), args.batch_size - (share < 1))
-    num_crops = args.batch_size - num_drawn
-    if not num_crops:
+    num_crops = round((1 - share) * args.batch_size)
+    if share == 1:
         labelled = []
+    else:
+        num_crops = max(1, num_crops)
+    num_drawn = args.batch_size - num_crops
     all_texts = [text for _, text in labelled]
     args.labels = sorted({*learnt, *map(data.hash_label, all_texts)})
     batches = max(EPOCH_IMAGES / args.batch_size, len(labelled) / max(1, num_crops))
-    steps = args.steps = math.ceil(batches / world_size)  # in an epoch
+    steps = math.ceil(batches / world_size)  # in an epoch
     print(
         f"{args.model} {args.size[0]} x {args.size[1]}, {len(args.alphabet)} characters, "
-        f"{device} {precision}, {world_size} process(es)\n"
+        f"{device} {args.precision}, {world_size} process(es) of {torch.get_num_threads()} "
+        "thread(s)\n"
         f"training on {len(labelled):,} crops, {num_drawn / args.batch_size:.0%} of the images "
         f"drawn; {len(held_out):,} crops held out\n"
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
+    if labelled and len(held_out) < ENOUGH_CROPS:
+        print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
     prior = torch.zeros(args.batch_size, len(args.alphabet) + 1, device=device)
     prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
     if labelled:
@@ -238,9 +332,12 @@ def train(args, config):
     validation = []
     if rank == 0:
         if held_out:
-            validation.append(data.load_crops(held_out, args.size))
+            validation.append((CROPS, *data.load_crops(held_out, args.size)))
         if num_drawn:
-            validation.append(plates.fixed_plates(*plates.VALIDATION, args.size))
+            validation.append((DRAWN, *plates.fixed_plates(*plates.VALIDATION, args.size)))
+    kinds = [names for names, _, _ in validation]  # that choose the best weights
+    if len(held_out) >= ENOUGH_CROPS:
+        kinds = [CROPS]  # what the reader is for
 
     # 4) the optimizer
     optimizer = getattr(torch.optim, args.optimizer)(
@@ -255,16 +352,22 @@ def train(args, config):
     parts = (network, optimizer, scaler)
 
     # 5) resume
-    content = {"config": config, "history": [], "best": [math.inf]}  # see model.py
-    if args.resume and os.path.exists(args.out):
-        content = model.load_checkpoint(args.out)[1]
+    if is_resumed:
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
-        if changed - MAY_CHANGE or "resume" not in content:
-            flags = ", ".join(changed - MAY_CHANGE) or "it has ended"
-            raise OSError(f"{args.out}: is not this run ({flags}); drop --resume")
+        reason = ", ".join(sorted(changed - MAY_CHANGE))
+        if reason or "resume" not in content:
+            raise OSError(
+                f"{args.out}: cannot go on ({reason or 'it has ended'}); give the options it began "
+                f"with, or start a run from its weights with --init {args.out}"
+            )
         for part, state in zip(parts, content.pop("resume")):
             part.load_state_dict(state)
         print(f"resumed after epoch {len(content['history'])}")
+    if world_size > 1:
+        done = [None] * world_size
+        dist.all_gather_object(done, len(content["history"]))
+        if len(set(done)) > 1:
+            raise OSError(f"{args.out}: the processes are at epochs {done}; let them share a disk")
     content["args"] = vars(args)
 
     for epoch in range(len(content["history"]), args.epochs):
@@ -273,6 +376,7 @@ def train(args, config):
         if labelled:
             order = torch.randperm(len(crops))
         losses = []
+        norms = []  # of the gradients; where one is not finite the step is skipped
         epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
             done = epoch * steps + step
@@ -296,7 +400,7 @@ def train(args, config):
                 labels += new
 
             # 7) forward: half precision for the network alone, the loss needs float32
-            with model.autocast(device, precision):
+            with model.autocast(device, args.precision):
                 logits = parallel(torch.cat(images))  # (T, B, C)
             loss = model.ctc_loss(logits + prior, labels, args.alphabet)
 
@@ -306,24 +410,31 @@ def train(args, config):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             # CTC's first gradients are large: without a limit they throw the weights far away
-            torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip)
             scaler.step(optimizer)
             scaler.update()
 
             # 9) log. A number is asked for only here: to give one, a GPU must be waited for.
             losses.append(loss.detach())
+            norms.append(norm)
             if done == 10 or step % 50 == 0 or step == steps:
-                recent = torch.stack(losses[-50:])
-                if not recent.isfinite().any():
-                    raise OSError("the loss is not finite; lower --lr and --resume")
+                recent = finite(losses[-50:])
+                if not len(recent):
+                    raise OSError(
+                        "the loss is not finite; train again with a lower --lr, or from the best "
+                        f"weights, if there are any, with --init {args.out}"
+                    )
                 scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
                 speed = step / (time.perf_counter() - epoch_start)
                 print(
-                    f"epoch {epoch + 1} step {step:5,}  loss {recent.nanmean():6.3f}  "
+                    f"epoch {epoch + 1} step {step:5,}  loss {recent.mean():6.3f}  "
                     f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
+                skipped = len(norms) - len(finite(norms))
+                if skipped:
+                    print(f"  {skipped} steps of this epoch skipped: their gradients not finite")
                 if 0.9 < scores["cer"] <= 1:
                     print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
 
@@ -334,34 +445,37 @@ def train(args, config):
             "epoch": epoch + 1,
             "images": done * args.batch_size * world_size,
             "minutes": (time.perf_counter() - epoch_start) / 60,
-            "loss": torch.stack(losses).nanmean().item(),
+            "loss": finite(losses).mean().item(),
         }
-        score = [-epoch]  # without a validation set the last weights are the best
-        if validation:
-            row |= validate(network.eval(), validation, precision)
-            score = [row["levenshtein"], row["val_loss"]]
+        if skipped:
+            row["skipped"] = skipped
+        for names, *part in validation:
+            row |= zip(names, validate(network.eval(), *part, args.precision))
+        best = min((score(earlier, kinds) for earlier in content["history"]), default=(math.inf,))
         content["history"].append(row)
-        is_best = score <= content["best"]
-        if is_best:
-            content["best"] = score
-            content["model"] = copy.deepcopy(network.state_dict())
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
-        print(f"=== {numbers}  (validation is greedy){', best so far' * is_best}")
-        rest = {"resume": [part.state_dict() for part in parts]} if epoch + 1 < args.epochs else {}
+        print(f"=== {numbers}  (validation is greedy)")
+        if score(row, kinds) <= best:  # without a validation set the last weights are the best
+            print("    best so far")
+            content["model"] = copy.deepcopy(network.state_dict())
+        rest = {}
+        if epoch + 1 < args.epochs:
+            rest = {"resume": [part.state_dict() for part in parts]}
 
         # 11) save all of it in one file: the whole of it, or that of the last epoch stays. The
-        # file of an earlier run is kept.
-        if epoch == 0 and os.path.exists(args.out):
-            earlier = f"{args.out}.bak"
-            while os.path.lexists(earlier):
-                earlier += ".bak"
-            os.replace(args.out, earlier)
-            print(f"{args.out}: that of an earlier run is now {earlier}")
+        # file of an earlier run is kept, and that of another run beside this one, too.
         file = io.BytesIO()  # torch's own errors of a full disk are no OSErrors
         torch.save(content | rest, file)
-        partial = Path(f"{args.out}.part")
-        partial.write_bytes(file.getvalue())
-        partial.replace(args.out)
+        if content_of(out) != written:
+            other = free_name(out)
+            data.write_file(other, file.getvalue())
+            raise OSError(f"{args.out}: another run has written it; this run is now {other}")
+        if written and epoch == 0:
+            earlier = free_name(out)
+            os.replace(out, earlier)
+            print(f"{args.out}: that of an earlier run is now {earlier}")
+        written = file.getvalue()
+        data.write_file(out, written)
     print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
     if world_size > 1:
         dist.destroy_process_group()
