@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -730,6 +731,123 @@ def test_the_precision_is_what_the_processor_has_circuits_for(watch):
     watch(model.Path, "read_text", ["avx512f avx512_bf16 amx_tile", "avx512f avx512_vnni"])
     picked = [model.pick_precision(torch.device("cpu")) for _ in range(3)]
     assert picked == ["bf16", "fp32", "fp32"]
+
+
+# ---------------------------------------------------------------------------------------
+# model: checkpoints of strangers
+
+
+@pytest.fixture
+def change(tmp_path):
+    """Writes x.pth, a checkpoint of an untrained network in which `edit` has changed something."""
+
+    def write(edit):
+        network = build("small", SIZE)
+        content = {
+            "model": network.state_dict(),
+            "config": network.config,
+            "args": {"labels": [1], "data": None},
+            "history": [{"epoch": 1, "loss": 0.5}],
+        }
+        edit(content)
+        torch.save(content, "x.pth")
+
+    return write
+
+
+CHANGES = [
+    # what a checkpoint holds, and what the sentence says
+    (lambda x: x.pop("model"), "lacks 'model'"),
+    (lambda x: x.pop("args"), "lacks 'args'"),
+    (lambda x: x["args"].pop("labels"), "lacks 'labels'"),
+    (lambda x: x["args"].update(labels=["皖"]), "args"),
+    (lambda x: x["args"].update(labels=3), "args"),
+    (lambda x: x["args"].update(data=[]), "args"),
+    (lambda x: x.update(args=[]), "args"),
+    (lambda x: x.update(history=[3]), "history"),
+    (lambda x: x.update(history=[{"loss": "<script>"}]), "history"),
+    (lambda x: x.update(model=[]), "does not fit"),
+    (lambda x: x["config"].update(model="huge"), "config"),
+    (lambda x: x["config"].update(model=[]), "config"),
+    (lambda x: x["config"].update(size=[32.0, 128.0]), "config"),
+    (lambda x: x["config"].update(size=[32]), "config"),
+    (lambda x: x["config"].update(alphabet=20_000_000 * "a"), "config"),
+    (lambda x: x["config"].update(alphabet=7), "config"),
+    (lambda x: x["config"].update(alphabet=""), "config"),
+    (lambda x: x["config"].update(rnn="rnn"), "config"),
+    (lambda x: x["config"].pop("rnn"), "config"),
+    (lambda x: x["config"].update(rnn="gru"), "rnn.weight_ih_l0 does not fit"),
+    (lambda x: x["model"].pop("fc.bias"), "fc.bias does not fit"),
+    (lambda x: x["model"].update(more=torch.zeros(3)), "more does not fit"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(67)}), "fc.bias does not fit"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(66)}), "fc.bias does not fit"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).double()}), "fc.bias does not fit"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).to_sparse()}), "fc.bias does not fit"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "not a checkpoint"),
+    (lambda x: x["model"].update({"fc.bias": 3}), "fc.bias does not fit"),
+    (lambda x: x["model"]["fc.bias"].fill_(np.nan), "not finite"),
+    (lambda x: x["model"]["cnn.0.1.running_var"].fill_(-1), "not finite"),
+]
+
+
+@cases("edit, words", CHANGES)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(change, edit, words):
+    change(edit)
+    with pytest.raises(OSError, match="^x.pth: ") as caught:
+        model.load_checkpoint("x.pth")
+    assert words in str(caught.value)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(change):
+    change(lambda content: None)
+    with zipfile.ZipFile("x.pth") as stored:
+        parts = [(name, stored.read(name)) for name in stored.namelist()]
+    with zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in parts:
+            packed.writestr(name, content + bytes(10**6))
+    with pytest.raises(OSError, match="packed.pth: not a checkpoint"):
+        model.load_checkpoint("packed.pth")
+
+
+@cases("name, is_one", [("x.pth", True), ("x.jpg", True), ("pipe.pth", False), ("no.pth", False)])
+def test_a_checkpoint_is_known_by_what_it_is(change, name, is_one):
+    change(lambda content: None)
+    shutil.copy("x.pth", "x.jpg")
+    os.mkfifo("pipe.pth")
+    assert model.is_checkpoint(name) == is_one
+
+
+def test_a_pipe_is_no_checkpoint():
+    os.mkfifo("pipe.pth")  # to open it would wait for ever
+    with pytest.raises(OSError, match="pipe.pth: not a checkpoint"):
+        model.load_checkpoint("pipe.pth")
+
+
+class Tapped(torch.nn.Sequential):
+    """Its batch-norm does not follow its convolution."""
+
+    def forward(self, images):
+        return self[1](images) + self[0](images)
+
+
+def test_batch_norms_are_folded_where_they_follow_a_convolution_and_nowhere_else():
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 3, 3),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.Conv2d(3, 3, 1),
+        torch.nn.BatchNorm2d(3, track_running_stats=False),
+        Tapped(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)),
+    )
+    images = torch.rand(4, 3, 8, 8)
+    layers(images)  # the batch-norms see images
+    whole = layers.eval()(images)
+    model.fold_norms(layers)
+    assert torch.allclose(layers(images), whole, atol=1e-5)
+    norms = [name for name, layer in layers.named_modules() if "BatchNorm" in str(type(layer))]
+    assert norms == ["2", "4", "6", "7.1"]
 
 
 # ---------------------------------------------------------------------------------------
