@@ -275,9 +275,9 @@ def train(args, config):
     learnt = []  # the labels that the weights come from, as hashes
     network = model.build_network(**config)
     if args.init:
-        content = model.load_checkpoint(args.init)[1]
-        network.load_state_dict(content["model"])
-        learnt = content["args"]["labels"]
+        earlier = model.load_checkpoint(args.init)[1]
+        network.load_state_dict(earlier["model"])
+        learnt = earlier["args"]["labels"]
     network.to(device)
     # three images go through it now: a network of your own may be wrong
     images = torch.zeros(3, 3, *args.size, dtype=torch.uint8)
