@@ -1586,6 +1586,23 @@ def test_an_exported_network_computes_the_same_and_brings_its_alphabet(run):
 
 
 # ---------------------------------------------------------------------------------------
+# All of it on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+@cases("precision", ["bf16", "fp16"])
+def test_a_gpu_trains_goes_on_scores_reads_and_exports(run, crops, crop, scripted, precision):
+    options = f"--device cuda --precision {precision}"
+    scripted((3, 0), None, (2, 0))
+    command = f"train --data plates --epochs 2 --batch-size 20 --size 16 64 --val 0 {options}"
+    run(command, fails=True)
+    assert "resumed after epoch 1" in run(f"{command} --resume")
+    assert f"cuda:0 {precision}" in run(f"evaluate ckpt.pth --data plates {options}")
+    assert "1 read" in run(f"predict ckpt.pth crop.jpg {options}")
+    run("predict ckpt.pth --export model.pt2")
+
+
+# ---------------------------------------------------------------------------------------
 # Commands: what a user does wrong
 
 
