@@ -190,10 +190,13 @@ def make_parser(text):
     return parser, parser.add_argument
 
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
 def machine_options(add):
     """Add the options that say what to compute with, the same in train, evaluate and predict."""
     add("--device", help="cuda or cpu (default: the first there is)")
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="(default: the device's fastest)")
+    add("--precision", choices=PRECISIONS, help="(default: the device's fastest)")
 
 
 # ---------------------------------------------------------------------------------------

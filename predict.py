@@ -21,15 +21,16 @@ pretrained model in assets, which learnt from drawn plates alone.
 
 import argparse
 import glob
+import io
 import itertools
 import json
 import os
 import shutil
 import sys
+import zipfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, affine, resize, to_pil_image
@@ -44,7 +45,7 @@ READER = Path(__file__).parent / "assets/reader.pth"  # where no checkpoint is n
 
 
 # What was read from one image.
-# plate: "" if there is an error; an image without a plate gets some plate as well
+# plate: "" if there is an error, or if only plates are read and the image shows none
 # confidence: its probability, in [0, 1]; if unsure, the mean of three views; with adapt, the
 #     adapted posterior
 # alternatives: [(plate, confidence), ...], the likeliest first: the read itself
@@ -78,20 +79,41 @@ def more_views(images):
     return torch.stack(tilted, 1).flatten(0, 1)
 
 
+def join_rows(image):
+    """A plate of two rows as a plate of one: the upper part of a Pillow image beside the lower one.
+
+    Each is as wide as its share of the seven characters. Above stand the province and a letter,
+    with free space on both sides."""
+    width, height = image.size
+    cut = 0.43 * height
+    upper = image.resize((80, 80), box=(0.15 * width, 0, 0.85 * width, cut))
+    lower = image.resize((200, 80), box=(0, cut, width, height))
+    joined = Image.new("RGB", (280, 80))
+    joined.paste(upper, (0, 0))
+    joined.paste(lower, (80, 0))
+    return joined
+
+
 def read_batch(sources, network, precision, patterns, top, adapt):
     """A Read with all its candidates for each of a list of sources.
 
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
-    plates in three views. With top > 1 every image goes through the beam search."""
+    plates in three views, or to a plate of two rows. What is no plate then gets no read: "", with
+    confidence 0. With top > 1 every image goes through the beam search."""
     size = network.config["size"]
     alphabet = network.config["alphabet"]
     images = torch.zeros(len(sources), 3, *size, dtype=torch.uint8)  # black if unreadable
+    joined = {}
     errors = {}
     for k, source in enumerate(sources):
         try:
-            images[k] = data.load_image(source, size)
-        except OSError as error:
+            image = data.open_image(source)
+        except data.ImageError as error:
             errors[k] = str(error)
+            continue
+        images[k] = data.load_image(image, size)
+        if 1 < image.width / image.height < 1.9:  # so narrow are two rows, or one in a loose crop
+            joined[k] = join_rows(image)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     pairs = list(zip(texts, model.probabilities(logits, texts, alphabet).tolist()))
@@ -111,24 +133,29 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             reads.append(Read("", 0.0, [], errors[k]))
             continue
         answers = [pair]
-        strings = []
         if top > 1 or k in tilted:
             strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
-        if strings:
             if adapt:  # the search drops most provinces of a blurred plate
-                others = [
-                    char + plate[1:]
-                    for plate in strings[:3]
-                    for char in data.PROVINCES
-                    if char in alphabet
-                ]
+                likely = [plate for plate in strings[:3] if plate[0] in data.PROVINCES]
+                others = [char + plate[1:] for plate in likely for char in data.PROVINCES]
                 strings = list(dict.fromkeys(strings + others))
             views = logits[:, [k]]  # (T, 1, C)
             if k in tilted:
                 views = torch.cat((views, tilted[k]), 1)  # (T, 3, C)
-            answers = model.candidates(views, strings, alphabet)[:40]
-        reads.append(Read(*answers[0], answers, ""))
+            answers = model.candidates(views, strings, alphabet)[:40] if strings else []
+        reads.append(Read(*(answers or [("", 0.0)])[0], answers, ""))
+    both = [k for k in unsure if k in joined]
+    if both:
+        as_one_row = [joined[k] for k in both]
+        others = read_batch(as_one_row, network, precision, patterns, top, adapt)
+        for k, other in zip(both, others):
+            reads[k] = max(reads[k], other, key=lambda read: read.confidence)
     return reads
+
+
+def count_plates(reads):
+    """How many plates there are among reads. Those that differ in the province alone are one."""
+    return len({read.plate[1:] for read in reads if read.plate})
 
 
 def adapt_to_place(reads):
@@ -137,29 +164,42 @@ def adapt_to_place(reads):
     A network that learnt from all provinces alike gives a posterior under an even prior. Where a
     camera stands, few provinces are common. EM finds which, without a label: the prior weighs the
     candidates of each image, and is the mean of these posteriors (label shift; Saerens, Latinne
-    and Decaestecker, 2002). The confidence becomes the adapted posterior."""
+    and Decaestecker, 2002). The confidence becomes the adapted posterior. Where 50 plates of 60 are
+    of Anhui (皖), and nine of four other provinces, this becomes of an unsure read:
+
+        candidate    alone    in that place
+        浙A12345      0.55     0.06
+        皖A12345      0.43     0.94
+
+    Ten frames of one car are one plate, so that its misread province does not become common.
+    With fewer than five plates nobody can tell what is common: these reads stay as they are."""
     reads = list(reads)
-    if len(reads) < 5:  # of which nobody can tell what is common
+    if count_plates(reads) < 5:
         return reads
     adapted = reads
-    for _ in range(20):
-        # how many plates begin with a province, and with it and a city's letter, by expectation
-        counts = Counter()
+    for _ in range(8):
+        # how many reads have a candidate that ends so: among them it counts as one plate
+        frames = Counter()
         for read in adapted:
             for text, share in read.alternatives:
-                counts[text[:1]] += share
-                counts[text[:2]] += share
-        # if no province were common; counts holds each plate twice, by province and by city
-        even = sum(counts.values()) / 2 / len(data.PROVINCES)
+                frames[text[1:]] += share
+        provinces = Counter()
+        cities = Counter()
+        for read in adapted:
+            for text, share in read.alternatives:
+                once = share / max(1, frames[text[1:]])
+                provinces[text[0]] += once
+                cities[text[:2]] += once
+        even = sum(provinces.values()) / len(data.PROVINCES)  # if no province were common
         adapted = []
         for read in reads:
             total = 1.0  # all strings that are no candidates keep their weight
             weights = Counter()
             for text, share in read.alternatives:
-                # as if each province had been seen half a time before, and each city two times
-                in_province = counts[text[:1]]
-                province = (in_province + 0.5) / (even + 0.5)
-                city = (counts[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
+                # as if each province, and each city, had been seen two times before
+                in_province = provinces[text[0]]
+                province = (in_province + 2) / (even + 2)
+                city = (cities[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
                 weights[text] = share * province * city
                 total += weights[text] - share
             pairs = [(text, weight / total) for text, weight in weights.most_common()]
@@ -167,12 +207,19 @@ def adapt_to_place(reads):
     return adapted
 
 
+def is_one(sources):
+    """Whether `sources` is one image, and not many."""
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    is_file = hasattr(sources, "read")
+    return isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3)
+
+
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     """An iterator over a Read for each of `sources`, in order.
 
-    sources: one image or many: paths, bytes, Pillow images, or uint8 arrays (H, W, 3) or (H, W).
-    Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for each
-    core and two more are taken before the first answer; for a live camera call
+    sources: one image or many: paths, bytes, open files, Pillow images, or uint8 arrays (H, W, 3)
+    or (H, W). Arrays are RGB: turn OpenCV's BGR round first, with array[:, :, ::-1]. A batch for
+    each core and two more are taken before the first answer; for a live camera call
     next(read(network, frame)).
 
     precision: "fp32", "bf16" or "fp16" (default: the device's fastest). grammar: see
@@ -182,16 +229,15 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     if adapt and not patterns:
         raise OSError("--adapt: only Chinese plates have provinces; drop it")
     precision = precision or model.pick_precision(next(network.parameters()).device)
+    if precision not in data.PRECISIONS:
+        raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
+    sources = [sources] if is_one(sources) else sources
+    # a camera may fill its array, or its picture, again
+    images = (source.copy() if hasattr(source, "copy") else source for source in sources)
+    size = model.images_at_once(network)
+    batches = iter(lambda: list(itertools.islice(images, size)), [])
     options = (network, precision, patterns, top, adapt)
-    one = (str, bytes, os.PathLike, Image.Image)
-    if isinstance(sources, one) or 1 < getattr(sources, "ndim", 4) < 4:
-        reads = read_batch([sources], *options)
-    else:
-        # a camera may fill its array again
-        images = (np.copy(x) if isinstance(x, np.ndarray) else x for x in sources)
-        size = model.images_at_once(network)
-        batches = iter(lambda: list(itertools.islice(images, size)), [])
-        reads = itertools.chain.from_iterable(data.in_threads(read_batch, batches, *options))
+    reads = itertools.chain.from_iterable(data.in_threads(read_batch, batches, *options))
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 
@@ -200,13 +246,24 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
 # What else the command line does
 
 
+def is_checkpoint(path):
+    """Whether `path` names a checkpoint: by what it holds, or by its suffix if it is not there."""
+    return zipfile.is_zipfile(path) if os.path.isfile(path) else Path(path).suffix == ".pth"
+
+
 def find_images(arguments):
-    """The image files that paths, folders and patterns name, in the order given."""
+    """The image files that paths, folders and patterns name, in the order given: pairs of a path
+    and its part below the folder."""
     for argument in arguments:
         if os.path.isdir(argument):
-            yield from data.list_images(argument)
-        else:  # one that does not exist is reported when it is read
-            yield from sorted(glob.glob(argument, recursive=True)) or [argument]
+            for path in data.list_images(argument):
+                yield path, path.relative_to(argument)
+            continue
+        found = [argument]  # one that does not exist is reported when it is read
+        if not os.path.lexists(argument):
+            found = sorted(glob.glob(argument, recursive=True)) or found
+        for path in found:
+            yield path, Path(path).name
 
 
 def explain(network, paths, out, precision=None, grammar=None):
@@ -230,7 +287,9 @@ def explain(network, paths, out, precision=None, grammar=None):
     (result,) = read(network, paths[0], precision, grammar, top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
-    to_pil_image(torch.cat(rows, 1)).save(out)
+    file = io.BytesIO()
+    to_pil_image(torch.cat(rows, 1)).save(file, "png")
+    data.write_file(out, file.getvalue())
 
 
 def export(network, out):
@@ -244,7 +303,9 @@ def export(network, out):
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     any_number = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (example,), dynamic_shapes=any_number)
-    torch.export.save(program, out, extra_files={"facts.json": facts})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"facts.json": facts})
+    data.write_file(out, file.getvalue())
     print(f"{out}: written")
 
 
@@ -267,14 +328,15 @@ def warn_if_no_plates(confidences):
         print("note: no confidence reaches .01: is each a crop of one plate?", file=sys.stderr)
 
 
-def keep(path, result, folder, number, above):
-    """Copy a crop to `folder`, named by its plate; to folder/unsure if it is less sure."""
+def keep(path, name, result, folder, above):
+    """Copy a crop to folder/name, with its plate behind; to folder/unsure if it is less sure."""
+    target = Path(folder, name)
     mark = ""
     if result.confidence < above:
-        folder += "/unsure"
+        target = Path(folder, "unsure", name)
         mark = "~"  # a guess, which training leaves out until a person corrects the name
-    os.makedirs(folder, exist_ok=True)
-    shutil.copyfile(path, f"{folder}/{number:06}-{result.plate}{mark}{Path(path).suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target.with_name(f"{target.stem}-{result.plate}{mark}{target.suffix}"))
 
 
 @data.one_sentence()
@@ -293,17 +355,23 @@ def main(argv=None):
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    is_named = args.paths and ".pth" in Path(args.paths[0]).suffixes
+    is_named = args.paths and is_checkpoint(args.paths[0])
     checkpoint = args.paths.pop(0) if is_named else READER
-    paths = list(find_images(args.paths))
+    images = list(find_images(args.paths))
+    paths = [path for path, _ in images]
     if args.export:
         export(load(checkpoint, "cpu"), args.export)
-        if not paths:
+        if not (args.paths or args.explain or args.label):
             return
-    if not paths:
+    if not images:
         raise OSError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
-    if args.label and os.path.lexists(args.label):
-        raise OSError(f"{args.label}: is there already; name a new folder")
+    if args.label:
+        if os.path.lexists(args.label):
+            raise OSError(f"{args.label}: is there already; name a new folder")
+        data.check_output(f"{args.label}.jpg", ".jpg")  # or the work would be done in vain
+        ((name, count),) = Counter(str(name) for _, name in images).most_common(1)
+        if count > 1:
+            raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
     network = load(checkpoint, args.device)
     if args.label and "-" in network.config["alphabet"]:
         raise OSError("--label: a name would not tell its number from a label with -; drop it")
@@ -312,16 +380,17 @@ def main(argv=None):
     good = 0
     confidences = []
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
-    for path, result in zip(paths, reads):
+    for (path, name), result in zip(images, reads):
         if result.error:
             print("error:", data.printable(result.error), file=sys.stderr)
             continue
         good += 1
         confidences.append(result.confidence)
         cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
+        cells += (args.top - len(cells)) * ["\t0.0000"]  # each row has as many columns
         print(data.printable(path), *cells, sep="\t")
         if args.label:
-            keep(path, result, args.label, good, args.above)
+            keep(path, name, result, args.label, args.above)
     warn_if_no_plates(confidences)
     print(f"{good:,} read, {len(paths) - good:,} unreadable", file=sys.stderr)
     if good < len(paths):
