@@ -789,8 +789,8 @@ CHANGES = [
     (lambda x: x["model"].update({"fc.bias": torch.zeros(67)}), "fc.bias does not fit"),
     (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(66)}), "fc.bias does not fit"),
     (lambda x: x["model"].update({"fc.bias": torch.zeros(66).double()}), "fc.bias does not fit"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).to_sparse()}), "fc.bias does not fit"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "not a checkpoint"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).to_sparse()}), "not a checkpoint"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "fc.bias does not"),
     (lambda x: x["model"].update({"fc.bias": 3}), "fc.bias does not fit"),
     (lambda x: x["model"]["fc.bias"].fill_(np.nan), "not finite"),
     (lambda x: x["model"]["cnn.0.1.running_var"].fill_(-1), "not finite"),
@@ -1113,6 +1113,15 @@ def test_resume_refuses_another_run(run, interrupted, change, name):
 def test_resume_may_change_what_cures_a_run(run, interrupted, change):
     os.symlink("few", "moved")
     assert "resumed after epoch 1" in run(f"{FOUR_EPOCHS} --resume {change}")
+
+
+def test_fine_tuning_is_a_run_of_its_own_from_the_weights_of_another(run, few):
+    run(f"{TINY} --data few --epochs 2")
+    weights = torch.load("ckpt.pth", weights_only=True)["model"]
+    run(f"{TINY} --data few --init ckpt.pth --lr 0 --weight-decay 0 --out tuned.pth")
+    tuned = torch.load("tuned.pth", weights_only=True)
+    assert [row["epoch"] for row in tuned["history"]] == [1]
+    assert torch.equal(tuned["model"]["fc.weight"], weights["fc.weight"])
 
 
 def test_the_file_of_an_earlier_run_is_kept(run, crops):
