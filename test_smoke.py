@@ -1132,6 +1132,115 @@ def test_the_file_of_an_earlier_run_is_kept(run, crops):
     assert Path("ckpt-2.pth").read_text() == "old"
 
 
+def test_the_file_of_a_run_beside_this_one_is_not_written_over(run, few, monkeypatch):
+    real = train.validate
+
+    def validate(*others):
+        Path("ckpt.pth").write_text("of another run")
+        return real(*others)
+
+    monkeypatch.setattr(train, "validate", validate)
+    said = run(FOUR_EPOCHS, fails=True)
+    assert "another run has written it; this run is now" in said
+    assert Path("ckpt.pth").read_text() == "of another run"
+    kept = torch.load("ckpt-1.pth", weights_only=True)
+    assert len(kept["history"]) == 1
+    assert "resume" in kept
+
+
+def test_a_link_as_out_is_followed(run, few):
+    os.mkdir("disk")
+    os.symlink("disk/ckpt.pth", "link.pth")
+    run(f"train {SMALL_RUN} --out link.pth")
+    assert os.path.islink("link.pth")
+    assert model.is_checkpoint("disk/ckpt.pth")
+
+
+@cases(
+    "edit",
+    [
+        lambda content: content.update(resume=3),
+        lambda content: content.update(resume=[{}, {}, {}]),
+        lambda content: content.update(history=[{"loss": 1}]),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(run, interrupted, edit):
+    content = torch.load("ckpt.pth", weights_only=True)
+    edit(content)
+    torch.save(content, "ckpt.pth")
+    assert "ckpt.pth: damaged" in run(f"{FOUR_EPOCHS} --resume", fails=True)
+
+
+def test_a_run_keeps_its_precision(run, few, scripted, watch):
+    watch(model, "pick_precision", ["fp32", "bf16", "bf16"])
+    scripted((1, 0), None, (1, 0), (1, 0), (1, 0))
+    command = FOUR_EPOCHS.replace("--precision fp32", "")
+    assert "cpu fp32" in run(command, fails=True)
+    assert "cpu fp32" in run(f"{command} --resume")
+    assert torch.load("ckpt.pth", weights_only=True)["args"]["precision"] == "fp32"
+
+
+@cases(
+    "environment",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "abc"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "1"},
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_named(run, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = run("train", fails=True)
+    assert "RANK, WORLD_SIZE" in said
+    assert "start with torchrun" in said
+
+
+def test_crops_and_drawn_plates_are_scored_apart(run, crops):
+    run(f"{TINY} --synthetic 0.5")
+    (row,) = torch.load("ckpt.pth", weights_only=True)["history"]
+    assert {*train.CROPS, *train.DRAWN} < set(row)
+
+
+@cases("enough, best", [(1, 1), (1000, 0)])
+def test_many_crops_held_out_choose_alone(run, crops, monkeypatch, enough, best):
+    # crops, drawn plates; then the same after the second epoch
+    answers = iter([(0, 0, 2, 0), (0, 0, 1, 0), (0, 0, 1, 0), (0, 0, 5, 0)])
+    seen = []
+
+    def validate(network, *others):
+        seen.append(network.fc.weight.clone())
+        return next(answers)
+
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "ENOUGH_CROPS", enough)
+    run(f"{TINY} --synthetic 0.5 --epochs 2")
+    kept = torch.load("ckpt.pth", weights_only=True)["model"]["fc.weight"]
+    assert torch.equal(kept, seen[2 * best])
+
+
+class Flat(torch.nn.Module):
+    """A network that gives (B, T, C)."""
+
+    def __init__(self, alphabet, size, rnn, bidirectional):
+        super().__init__()
+        self.last = torch.nn.Linear(3, len(alphabet) + 1)
+
+    def forward(self, images):
+        return self.last(images.float().mean(2).permute(0, 2, 1))
+
+
+def test_logits_of_another_shape_are_named_before_the_first_step(run, few, monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "flat", Flat)
+    said = run(f"train {SMALL_RUN} --model flat", fails=True)
+    assert "(3, 64, 73) for 3 images" in said
+    assert "step" not in said.partition("error")[0]
+
+
 @pytest.fixture
 def binary():
     """Crops of numbers between 0 and 111, in the folder "binary"."""
@@ -1163,7 +1272,10 @@ def test_it_learns_from_nothing_in_spite_of_a_step_that_is_not_finite(
     monkeypatch.setattr(train, "EPOCH_IMAGES", 400)
     camera = watch(data, "camera")
     spoil([1, np.nan] + 200 * [1])
-    losses = re.findall(r"=== epoch .*  loss ([\d.]+)", run(binary))
+    said = run(binary)
+    losses = re.findall(r"=== epoch .*  loss ([\d.]+)", said)
+    assert "1 steps of this epoch skipped" in said
+    assert torch.load("ckpt.pth", weights_only=True)["history"][0]["skipped"] == 1
     assert float(losses[0]) > 0.25
     assert float(losses[-1]) < 0.25
     assert not camera.called  # --no-augment

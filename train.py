@@ -150,15 +150,14 @@ def find_processes():
         local_rank = int(os.getenv("LOCAL_RANK", rank))
         world_size = int(os.getenv("WORLD_SIZE", 1))
         local_size = int(os.getenv("LOCAL_WORLD_SIZE", world_size))
-        if not (0 <= rank < world_size and 0 <= local_rank < local_size):
+        if not 0 <= rank < world_size:
             raise ValueError(f"process {rank} of {world_size}")
         if world_size > 1:
             dist.init_process_group()  # nccl for GPUs, gloo for CPUs
+            # torchrun gives each one thread, and crops are decoded in threads
+            torch.set_num_threads(max(1, os.cpu_count() // max(1, local_size)))
     except (ValueError, dist.DistError) as error:
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
-    if world_size > 1:
-        # torchrun gives each one thread, and crops are decoded in threads
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))
     return rank, local_rank, world_size
 
 
@@ -352,6 +351,7 @@ def train(args, config):
     parts = (network, optimizer, scaler)
 
     # 5) resume
+    best = (math.inf, math.inf)
     if is_resumed:
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         reason = ", ".join(sorted(changed - MAY_CHANGE))
@@ -360,8 +360,12 @@ def train(args, config):
                 f"{args.out}: cannot go on ({reason or 'it has ended'}); give the options it began "
                 f"with, or start a run from its weights with --init {args.out}"
             )
-        for part, state in zip(parts, content.pop("resume")):
-            part.load_state_dict(state)
+        try:
+            for part, state in zip(parts, content.pop("resume")):
+                part.load_state_dict(state)
+            best = min(score(row, kinds) for row in content["history"])
+        except Exception:  # the parts raise all kinds of errors
+            raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
         print(f"resumed after epoch {len(content['history'])}")
     if world_size > 1:
         done = [None] * world_size
@@ -451,12 +455,12 @@ def train(args, config):
             row["skipped"] = skipped
         for names, *part in validation:
             row |= zip(names, validate(network.eval(), *part, args.precision))
-        best = min((score(earlier, kinds) for earlier in content["history"]), default=(math.inf,))
         content["history"].append(row)
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
         print(f"=== {numbers}  (validation is greedy)")
         if score(row, kinds) <= best:  # without a validation set the last weights are the best
             print("    best so far")
+            best = score(row, kinds)
             content["model"] = copy.deepcopy(network.state_dict())
         rest = {}
         if epoch + 1 < args.epochs:
