@@ -12,6 +12,7 @@ Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2
 Copy this file into any project; it imports no other of ours.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -244,6 +245,7 @@ def pick_device(name=None):
         raise OSError(f"--device {name}: not on this machine; give cpu, or nothing") from None
 
 
+@functools.lru_cache  # with many cores the file is long
 def pick_precision(device):
     """The fastest of "bf16", "fp16" and "fp32" that the device has circuits for.
 

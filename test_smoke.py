@@ -736,7 +736,8 @@ def test_the_light_does_not_matter():
 def test_the_precision_is_what_the_processor_has_circuits_for(watch):
     watch(model.Path, "exists", [True, True, False])
     watch(model.Path, "read_text", ["avx512f avx512_bf16 amx_tile", "avx512f avx512_vnni"])
-    picked = [model.pick_precision(torch.device("cpu")) for _ in range(3)]
+    pick = model.pick_precision.__wrapped__  # without its cache
+    picked = [pick(torch.device("cpu")) for _ in range(3)]
     assert picked == ["bf16", "fp32", "fp32"]
 
 
@@ -1221,6 +1222,31 @@ def test_many_crops_held_out_choose_alone(run, crops, monkeypatch, enough, best)
     run(f"{TINY} --synthetic 0.5 --epochs 2")
     kept = torch.load("ckpt.pth", weights_only=True)["model"]["fc.weight"]
     assert torch.equal(kept, seen[2 * best])
+
+
+class Own(torch.nn.Module):
+    """A network that has nothing but what a network must have."""
+
+    def __init__(self, alphabet, size, rnn, bidirectional):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 5, padding=2)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.last = torch.nn.Linear(8, len(alphabet) + 1)
+
+    def forward(self, images):
+        x = self.norm(self.first(images / 255)).relu().mean(2)  # (B, 8, W)
+        return self.last(x.permute(2, 0, 1))
+
+
+def test_a_network_of_ones_own_trains_and_is_scored(run, few, monkeypatch):
+    monkeypatch.setitem(model.NETWORKS, "own", Own)
+    command = f"train {SMALL_RUN} --data few --model own --epochs 2 --synthetic 0.5 --val 0"
+    run(command)
+    assert "16 x 64" in run(f"{command} --init ckpt.pth --epochs 1 --out tuned.pth")
+    assert "12 images" in run("evaluate tuned.pth --split train")
+    assert torch.load("tuned.pth", weights_only=True)["args"]["lr"] == 2e-3
+    monkeypatch.delitem(model.NETWORKS, "own")
+    assert "another model.py" in run("evaluate tuned.pth", fails=True)
 
 
 class Flat(torch.nn.Module):
