@@ -182,6 +182,13 @@ def write_file(path, content):
             partial.unlink()
 
 
+def save_image(path, image):
+    """Write a Pillow image to `path`, a .png or a .jpg: all of it or nothing. Raises OSError."""
+    file = io.BytesIO()
+    image.save(file, "PNG" if Path(path).suffix == ".png" else "JPEG", quality=95)
+    write_file(path, file.getvalue())
+
+
 def make_parser(text):
     """A parser of a script's options, and what adds one; `text` tells what the script does."""
     parser = argparse.ArgumentParser(

@@ -25,9 +25,7 @@ import io
 import itertools
 import json
 import os
-import shutil
 import sys
-import zipfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -246,11 +244,6 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
 # What else the command line does
 
 
-def is_checkpoint(path):
-    """Whether `path` names a checkpoint: by what it holds, or by its suffix if it is not there."""
-    return zipfile.is_zipfile(path) if os.path.isfile(path) else Path(path).suffix == ".pth"
-
-
 def find_images(arguments):
     """The image files that paths, folders and patterns name, in the order given: pairs of a path
     and its part below the folder."""
@@ -287,9 +280,7 @@ def explain(network, paths, out, precision=None, grammar=None):
     (result,) = read(network, paths[0], precision, grammar, top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
-    file = io.BytesIO()
-    to_pil_image(torch.cat(rows, 1)).save(file, "png")
-    data.write_file(out, file.getvalue())
+    data.save_image(out, to_pil_image(torch.cat(rows, 1)))
 
 
 def export(network, out):
@@ -336,7 +327,8 @@ def keep(path, name, result, folder, above):
         target = Path(folder, "unsure", name)
         mark = "~"  # a guess, which training leaves out until a person corrects the name
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target.with_name(f"{target.stem}-{result.plate}{mark}{target.suffix}"))
+    target = target.with_name(f"{target.stem}-{result.plate}{mark}{target.suffix}")
+    data.write_file(target, Path(path).read_bytes())
 
 
 @data.one_sentence()
@@ -355,7 +347,8 @@ def main(argv=None):
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    is_named = args.paths and is_checkpoint(args.paths[0])
+    first = args.paths[0] if args.paths else ""
+    is_named = ".pth" in Path(first).suffixes or model.is_checkpoint(first)
     checkpoint = args.paths.pop(0) if is_named else READER
     images = list(find_images(args.paths))
     paths = [path for path, _ in images]

@@ -249,7 +249,7 @@ def save_sheet(path, images, captions, columns):
         torch.cat((image, text_picture(text, (image.shape[2] // 10, image.shape[2]))), 1)
         for image, text in zip(images, captions)
     ]
-    to_pil_image(make_grid(pictures, columns, pad_value=255)).save(path)
+    data.save_image(path, to_pil_image(make_grid(pictures, columns, pad_value=255)))
 
 
 def show(out, folder, augmented):
@@ -274,7 +274,7 @@ def render(out, count):
         (image,), (text,) = fixed_plates(1, f"render {k}", (80, 256))
         folder = Path(out, "test" if k % 10 == 9 else "train")
         folder.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(folder / f"{k:07}-{text}.jpg", quality=95)
+        data.save_image(folder / f"{k:07}-{text}.jpg", to_pil_image(image))
     print(f"{out}: {count:,} drawn plates")
 
 
