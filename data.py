@@ -183,9 +183,9 @@ def write_file(path, content):
 
 
 def save_image(path, image):
-    """Write a Pillow image to `path`, a .png or a .jpg: all of it or nothing. Raises OSError."""
+    """Write a Pillow image to `path`, a .jpg or a .png: all of it or nothing. Raises OSError."""
     file = io.BytesIO()
-    image.save(file, "PNG" if Path(path).suffix == ".png" else "JPEG", quality=95)
+    image.save(file, "JPEG" if Path(path).suffix == ".jpg" else "PNG", quality=95)
     write_file(path, file.getvalue())
 
 
