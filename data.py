@@ -11,6 +11,7 @@ Copy this file into any project; it imports no other of ours.
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -19,6 +20,8 @@ import operator
 import os
 import random
 import re
+import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -26,7 +29,7 @@ import unicodedata
 import uuid
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,22 +77,25 @@ def is_chinese(alphabet):
     return set(NOTEBOOK_ALPHABET) <= set(alphabet) <= set(ALPHABET)
 
 
-FULL_WIDTH = {code + 0xFEE0: code for code in range(33, 127)}  # Ａ is A
-
-
 def normalise(text):
     """`text` with one form of each character, without invisible ones.
 
     Accents are joined to their letters, and full-width letters become plain ones. Raised or circled
     digits (² and ①) stay what they are: they are no part of a plate."""
-    plain = unicodedata.normalize("NFC", text).translate(FULL_WIDTH)
-    return "".join(filter(str.isprintable, plain))
+    plain = [
+        unicodedata.normalize("NFKC", char) if "<wide>" in unicodedata.decomposition(char) else char
+        for char in text
+    ]
+    return "".join(filter(str.isprintable, unicodedata.normalize("NFC", "".join(plain))))
 
 
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        text = Path(text).read_text("utf-8-sig")
+        try:
+            text = Path(text).read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise argparse.ArgumentTypeError(f"{text}: save it as UTF-8") from None
     characters = "".join(dict.fromkeys(normalise(text)))
     if not characters:
         raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
@@ -122,11 +128,11 @@ def printable(path):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
-def warn(why, paths):
-    """Warn of `paths`, if there are any, naming the first twenty."""
+def warn(why, paths, most=5):
+    """Warn of `paths`, if there are any, naming the first ones: `most` of them, or all if None."""
     if paths:
         text = f"warning: {len(paths):,} {why}"
-        print(text, *map(printable, paths[:20]), sep="\n    ", file=sys.stderr)
+        print(text, *map(printable, paths[:most]), sep="\n    ", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -163,6 +169,8 @@ def write_file(path, content):
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     target = Path(path).resolve()  # a link is followed, not replaced
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: cannot be written (a folder or a device)")
     partial = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         partial.write_bytes(content)
@@ -170,7 +178,8 @@ def write_file(path, content):
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def save_image(path, image):
@@ -208,10 +217,23 @@ PLATE = re.compile(
 )
 REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
-UNLABELLED = (
-    "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg; "
-    "photographs of CCPD are to be cut first: python data.py crop FRAMES OUT"
-)
+DROPPED = "names hold letters before the last -; if these are of the label, add - to --alphabet"
+
+
+def unlabelled(alphabet):
+    """The remark of parse_label on names without a label."""
+    if not is_chinese(alphabet):
+        return f"files whose names hold no label; a good one is 01-{alphabet[:6]}.jpg"
+    return (
+        "files whose names hold no label; a good one is 01-LABEL.jpg, such as 01-皖AX511H.jpg; "
+        "plates with O as the city's letter cannot be learnt; "
+        "photographs of CCPD are to be cut first: python data.py crop FRAMES OUT"
+    )
+
+
+def find_plates(text):
+    """All plates in a name, in capitals or in small letters: {(city, number), ...}."""
+    return {*PLATE.findall(text), *PLATE.findall(text.swapcase())}
 
 
 def parse_label(path, alphabet=ALPHABET):
@@ -221,19 +243,20 @@ def parse_label(path, alphabet=ALPHABET):
     the whole name. Plates hold no O and no I, so these are read as 0 and 1. With any other
     alphabet: what stands behind the last "-", or the whole name if "-" is one of its characters.
     The remark says what was odd, in words for many files; mostly it is empty."""
-    name = normalise(Path(path).stem)
-    last = name if "-" in alphabet else name.split("-")[-1]
+    name = normalise(os.path.splitext(os.path.basename(path))[0])
+    *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
-        plates = PLATE.findall(last) or PLATE.findall(name) or PLATE.findall(name.upper())
-        if len(set(plates)) == 1:
-            text = "".join(plates[0])
-            repaired = text.translate(REPAIR)
-            if set(repaired) <= set(alphabet):  # that of an older reader has less
-                return repaired, REPAIRED if repaired != text else ""
+        plates = find_plates(last) or find_plates(name)
+        if len(plates) == 1:
+            city, number = plates.pop()
+            repaired = number.translate(REPAIR)
+            if set(city + repaired) <= set(alphabet):  # that of an older reader has less
+                return city + repaired, REPAIRED if repaired != number else ""
     elif last and set(last) <= set(alphabet):
-        return last, ""
-    return "", UNLABELLED
+        could_be_label = before and set(before[-1]) <= set(alphabet)
+        return last, DROPPED if could_be_label and not before[-1].isdigit() else ""
+    return "", unlabelled(alphabet)
 
 
 # the names and Pillow's formats of photographs; others may start programs
@@ -246,11 +269,11 @@ def is_image(name):
     return name.lower().endswith(SUFFIXES)
 
 
-def list_images(folder):
+def list_images(folder, most=5):
     """All images below `folder`, sorted, by their names' ends. What begins with a dot is hidden.
 
-    Links to folders are not followed. stderr counts the files passed over. Raises OSError
-    for a folder that cannot be read, which os.walk by itself passes over."""
+    Links to folders are not followed. stderr counts the files passed over; most: see warn. Raises
+    OSError for a folder that cannot be read, which os.walk by itself passes over."""
 
     def fail(error):
         raise OSError(f"{error.filename}: cannot be listed; give a folder of images") from None
@@ -261,29 +284,37 @@ def list_images(folder):
         files += [os.path.join(root, name) for name in names if name[0] != "."]
     files.sort()
     others = [path for path in files if not is_image(path)]
-    warn("files passed over, without a suffix of images", others)
+    warn("files passed over, without a suffix of images", others, most)
     return [Path(path) for path in files if is_image(path)]
+
+
+# names that people give to the parts of a data set
+SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|eval(uation)?", re.IGNORECASE)
 
 
 def split_folder(root, split):
     """The folder `split` in `root`, or for "train" and "test" `root` itself if it has no splits.
 
     Raises OSError if it is not clear which."""
-    _, folders, _ = next(os.walk(root), (root, [], []))
-    if split in folders:
-        return Path(root, split)
-    if split not in ("train", "test") or {"train", "val", "test"} & set(map(str.lower, folders)):
-        raise OSError(f"{root}: has no folder {split!r}; have one, or name a folder of crops")
+    _, folders, files = next(os.walk(root), (root, [], []))
+    chosen = [name for name in folders if name.lower() == split]
+    if len(chosen) == 1:
+        loose = [Path(root, name) for name in files if is_image(name)]
+        warn(f"images passed over, beside the folder {chosen[0]}", loose)
+        return Path(root, chosen[0])
+    if any(map(SPLIT.fullmatch, folders)) or split not in ("train", "test"):
+        found = " and ".join(chosen) or "no folder"
+        raise OSError(f"{root}: has {found} {split!r}; have one, or name a folder of crops")
     return Path(root)
 
 
-def label_images(folder, alphabet):
+def label_images(folder, alphabet, most=5):
     """All images below `folder` with what parse_label says: [(path, text, remark), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
+    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder, most)]
     for why in sorted({remark for _, _, remark in labelled} - {""}):
-        warn(why, [path for path, _, remark in labelled if remark == why])
+        warn(why, [path for path, _, remark in labelled if remark == why], most)
     return labelled
 
 
@@ -313,6 +344,19 @@ def is_held_out(text, share):
 # Images
 
 
+# The errors of the system that are one file's own: it is absent, locked, a folder, or has a name
+# that cannot be. Pillow's have no number. All others, such as a failing disk's, end the run.
+OF_THE_FILE = {
+    None,
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+
+
 def decode(image):
     """A Pillow image as upright RGB, unless it has odd pixels or too many."""
     if math.prod(image.size) > 89_000_000:  # more than cameras give, but it fills the memory
@@ -324,21 +368,29 @@ def decode(image):
 
 
 def open_image(source):
-    """One image as an upright RGB Pillow image. Raises ImageError.
+    """One image as an upright RGB Pillow image. Raises ImageError, or the system's OSError.
 
     source: a path, an open file or its bytes, a Pillow image, or a uint8 array (H, W, 3) or (H, W).
     An array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
     name = getattr(source, "name", None) or type(source).__name__
     try:
         if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
+            return decode(Image.fromarray(source))
         if isinstance(source, Image.Image):
             return decode(source)
         if isinstance(source, (str, os.PathLike)):
             name = source
-            source = Path(source).read_bytes()
-        if isinstance(source, bytes):
+            if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
+                raise ValueError("a folder or a pipe; give image files")
+            with open(source, "rb") as file:
+                return decode(Image.open(file, formats=FORMATS))
+        if isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
+        if not hasattr(source, "read"):
+            raise ValueError(
+                "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
+                "of a tensor give tensor.permute(1, 2, 0).numpy()"
+            )
         return decode(Image.open(source, formats=FORMATS))
     except MemoryError:  # no fault of the image, which has been measured
         raise
@@ -346,7 +398,8 @@ def open_image(source):
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = f"none of {', '.join(FORMATS)}; save a HEIC, too, as one of these"
-        raise ImageError(f"{name}: cannot be read ({reason})") from None
+        kind = ImageError if getattr(error, "errno", None) in OF_THE_FILE else OSError
+        raise kind(f"{name}: cannot be read ({printable(reason)[:150]})") from None
 
 
 def load_image(source, size):
@@ -355,32 +408,45 @@ def load_image(source, size):
 
 
 def with_progress(items):
-    """Yield the items. What takes more than five seconds tells stderr every half minute how far
-    it is."""
-    total = operator.length_hint(items) or "many"
+    """Yield the items. What takes more than five seconds tells stderr how far it is: on a terminal
+    in one line that renews itself, elsewhere every half minute."""
+    total = operator.length_hint(items)
     is_first = os.getenv("RANK", "0") == "0"  # of several processes one tells
+    stream = sys.__stderr__  # audit prints warnings elsewhere
+    is_terminal = stream and stream.isatty()
     start = time.monotonic()
     due = start + 5
     for done, item in enumerate(items):
-        now = time.monotonic()
-        if is_first and now > due:
-            # audit prints warnings elsewhere
-            print(f"{done} of {total} in {now - start:.0f} s", file=sys.__stderr__, flush=True)
-            due = now + 30
+        seconds = time.monotonic() - start
+        if is_first and done and start + seconds > due:
+            minutes = seconds / done * (total - done) / 60
+            text = f"{done:,} of {total:,}, {minutes:.1f} min left" if total else f"{done:,} done"
+            print(f"{text:40}", end="\r" if is_terminal else "\n", file=stream, flush=True)
+            due = start + seconds + (1 if is_terminal else 30)
         yield item
 
 
-def in_threads(function, items, *options):
+def in_threads(function, items, *options, most=5):
     """Yield in order what the function returns for each item and the options. Items for which it
-    raises an ImageError are left out, and stderr names them at the end.
+    raises an ImageError are left out, and stderr names them at the end (most: see warn).
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
+
+    def submit():
+        try:
+            for item in with_progress(items):
+                yield pool.submit(function, item, *options)
+        except Exception as error:  # of the items: raised when those before it have been yielded
+            broken = Future()
+            broken.set_exception(error)
+            yield broken
+
     threads = torch.get_num_threads()
     errors = []
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = (pool.submit(function, item, *options) for item in with_progress(items))
+            futures = submit()
             waiting = deque(itertools.islice(futures, threads + 2))
             while waiting:
                 try:
@@ -390,7 +456,7 @@ def in_threads(function, items, *options):
                 waiting.extend(itertools.islice(futures, 1))
     finally:
         torch.set_num_threads(threads)  # or threads that start later would have one core too
-    warn("files left out", errors)
+    warn("files left out", errors, most)
 
 
 def load_crops(crops, size):
@@ -398,6 +464,9 @@ def load_crops(crops, size):
 
     crops: [(path, text), ...]. stderr names those that cannot be read. Raises OSError if none
     can."""
+    disk = tempfile.gettempdir()
+    if shutil.disk_usage(disk).free < 3 * math.prod(size) * len(crops):
+        raise OSError(f"{disk}: too small for the crops; set TMPDIR to a folder with more space")
     texts = []
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
@@ -581,24 +650,24 @@ def audit(folder, alphabet=ALPHABET):
 
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
-        labelled = label_images(folder, alphabet)
-        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled))
+        labelled = label_images(folder, alphabet, most=None)
+        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled, most=None))
         texts = [text for _, text, _ in labelled]
         counts = Counter("".join(texts))
         splits = defaultdict(list)
         for path, text, _ in labelled:
             # DIR/train/part1/x.jpg belongs to train
-            splits["".join(path.relative_to(folder).parent.parts[:1])].append(text)
+            splits["".join(path.relative_to(folder).parent.parts[:1]).lower()].append(text)
         print("images", {split: len(some) for split, some in splits.items()})
         print("lengths", dict(Counter(map(len, texts))))  # 0: no label
         print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
-        print("commonest sizes", Counter(sizes).most_common(5))
+        print("least, median, largest size", *np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0))
         both = {*splits["train"]} & {*splits["test"]} - {""}
-        warn("plates in train and test", sorted(both))
+        warn("plates in train and test", sorted(both), None)
         if is_chinese(alphabet):
             plates = re.compile("|".join("".join(map("[{}]".format, row)) for row in PATTERNS))
             odd = [path for path, text, _ in labelled if text and not plates.fullmatch(text)]
-            warn("labels that fit no pattern of plates", odd)
+            warn("labels that fit no pattern of plates", odd, None)
     return all(texts) and len(sizes) == len(texts) > 0
 
 
@@ -615,20 +684,24 @@ def cut_frame(path, frames, out, rectify):
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
-    image = open_image(path)
     try:
         box, corners, indices = numbers[2:5]
+        left, top, right, bottom = box
         quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
         plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(indices)).rstrip("O")
-        plate_image = image.crop(box)
     except (ValueError, IndexError):
         raise ImageError(f"{path}: its name is not that of a CCPD photograph") from None
-    is_inside = (np.reshape(box + corners, (6, 2)) <= image.size).all()
+    image = open_image(path)
+    points = np.reshape(box + corners, (6, 2))
+    is_inside = left < right and top < bottom and (points <= image.size).all()
     if "O" in plate or not PLATE.fullmatch(plate) or not is_inside:
         raise ImageError(f"{path}: the plate in its name is none, or outside the photograph")
+    plate_image = image.crop(box)
     if rectify:
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
     target = Path(out, f"{path.relative_to(frames)}-{plate}.jpg")  # a.jpg and a.png are two
+    if target.exists() or len(os.fsencode(target.name)) > 255:
+        raise ImageError(f"{target}: is there already, or is too long a name")
     target.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     plate_image.save(file, "JPEG", quality=95)

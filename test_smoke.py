@@ -232,11 +232,18 @@ def test_label_of_another_alphabet(alphabet, name, label):
     [
         ("皖AX511H", ""),
         ("皖AR0O3I", data.REPAIRED),
-        ("image", data.UNLABELLED),
+        ("image", data.unlabelled(data.ALPHABET)),
     ],
 )
 def test_what_was_odd_about_a_label_is_said(name, remark):
     assert data.parse_label(name)[1] == remark
+
+
+@cases("name, is_odd", [("A-IA774", True), ("01-IA774", False), ("cam-IA774", False)])
+def test_letters_before_the_last_dash_are_not_dropped_in_silence(name, is_odd):
+    text, remark = data.parse_label(name, data.LETTERS + "IO" + data.DIGITS)
+    assert text == "IA774"
+    assert bool(remark) == is_odd
 
 
 def test_hidden_files_and_folders_are_no_crops():
@@ -252,9 +259,9 @@ def test_hidden_files_and_folders_are_no_crops():
     [
         ([], "test", "set"),
         (["a"], "train", "set"),
-        (["Train", "test"], "train", "has no folder"),
-        (["train", "test"], "train", "set/train"),
+        (["Train", "test"], "train", "set/Train"),
         (["val"], "val", "set/val"),
+        (["Train", "train"], "train", "has Train and train"),
         (["train"], "test", "has no folder"),
         (["validation"], "val", "has no folder"),
         ([], "val", "has no folder"),
@@ -266,7 +273,7 @@ def test_a_split_is_the_one_folder_of_that_name(folders, split, chosen):
     try:
         found = str(data.split_folder("set", split))
     except OSError as error:
-        found = str(error)
+        found = str(error).replace("train and Train", "Train and train")
     assert chosen in found
 
 
@@ -344,8 +351,8 @@ def test_what_is_no_image_is_refused(image):
 @cases(
     "source, words",
     [
-        (torch.zeros(3, 4, 4), "Tensor"),
-        (".", "directory"),
+        (torch.zeros(3, 4, 4), "tensor"),
+        (".", "a folder"),
         (b"\0\0\0\x18ftypheic", "HEIC"),
         (io.BytesIO(b"no image"), "BytesIO: cannot be read (none of JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "none of JPEG"),
@@ -368,11 +375,33 @@ def test_an_image_is_measured_before_it_is_decoded(monkeypatch):
         data.open_image("large.png")
 
 
-@cases("number", [errno.ENOENT, errno.EACCES, errno.EIO])
-def test_what_the_system_cannot_read_is_left_out(crop, watch, capfd, number):
+@cases(
+    "number, left_out",
+    [
+        (errno.ENOENT, True),
+        (errno.EACCES, True),
+        (errno.EIO, False),
+        (errno.EMFILE, False),
+    ],
+)
+def test_only_what_is_wrong_with_one_file_is_left_out(crop, watch, capfd, number, left_out):
     watch(Image, "open", OSError(number, os.strerror(number)))
-    assert list(data.in_threads(data.open_image, ["crop.jpg"])) == []
-    assert "1 files left out" in capfd.readouterr().err
+    try:
+        assert list(data.in_threads(data.open_image, ["crop.jpg"])) == []
+    except data.ImageError:
+        raise
+    except OSError as error:
+        assert "crop.jpg" in str(error)
+        assert not left_out
+    else:
+        assert "1 files left out" in capfd.readouterr().err
+
+
+def test_what_came_before_a_broken_source_is_delivered():
+    results = data.in_threads(str, (10 // (3 - k) for k in range(9)))
+    assert [next(results) for _ in range(3)] == ["3", "5", "10"]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 def test_long_work_tells_how_far_it_is(capfd, monkeypatch):
@@ -380,8 +409,12 @@ def test_long_work_tells_how_far_it_is(capfd, monkeypatch):
     monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     assert list(data.in_threads(str, range(20))) == [str(k) for k in range(20)]
-    said = capfd.readouterr().err
-    assert said.splitlines() == ["1 of 20 in 8 s", "9 of 20 in 40 s", "17 of 20 in 72 s"]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.strip() for line in lines] == [
+        "1 of 20, 2.5 min left",
+        "8 of 20, 0.9 min left",
+        "16 of 20, 0.3 min left",
+    ]
 
 
 @cases("content, written", [("皖\udcff", b"\xe7\x9a\x96\\udcff"), (b"1", b"1")])
@@ -392,8 +425,9 @@ def test_a_file_is_written_through_a_link(content, written):
     assert os.path.islink("link")
 
 
-@cases("name", ["no/file", "folder"])
+@cases("name", ["pipe", "no/file", "folder"])
 def test_a_file_that_cannot_be_written_is_named_and_leaves_no_part(name):
+    os.mkfifo("pipe")
     os.mkdir("folder")
     with pytest.raises(OSError, match=f"{name}: cannot be written"):
         data.write_file(name, b"1")
@@ -409,6 +443,14 @@ def test_the_cameras_jpeg_is_that_of_libjpeg(quality):
         to_pil_image(image).save(file, "JPEG", quality=quality)
     expected = torch.stack([data.load_image(file, (30, 100)) for file in files])
     assert abs(kept - expected).mean() < 1.5
+
+
+@cases("free, fits", [(3 * 16 * 64 * 54 - 1, False), (3 * 16 * 64 * 54, True)])
+def test_crops_that_the_disk_has_no_space_for_are_refused(crops, watch, free, fits):
+    watch(data.shutil, "disk_usage", lambda _: mock.Mock(free=free))
+    context = contextlib.nullcontext() if fits else pytest.raises(OSError, match="set TMPDIR")
+    with context:
+        data.load_crops(data.find_crops("plates/train"), (16, 64))
 
 
 def test_of_several_processes_the_first_tells(monkeypatch):
@@ -453,7 +495,7 @@ def faulty(crop):
         "{7: 6, 0: 7}",  # lengths
         "'云': 2",
         "'沪': 0",
-        "((256, 80), 3)",
+        "[256.  80.]",
     ],
 )
 def test_audit_finds_each_fault(run, faulty, finding):
@@ -489,12 +531,20 @@ def test_rectify_pulls_the_plate_straight(run, frames, straight, option, least, 
     assert least < error < most
 
 
+def test_crop_writes_over_no_crop(run, frames):
+    run("data crop frames out")
+    first = [path.read_bytes() for path in data.list_images("out")]
+    assert "is there already" in run("data crop frames out --rectify")
+    assert first == [path.read_bytes() for path in data.list_images("out")]
+
+
 @cases(
     "name",
     [
         PLACE.replace("200&400_500&460", "9200&400_500&460", 1) + "-0_0_22_27_27_33_16",
         f"{PLACE}-0_0_22_34_27_33_16",  # no character within the plate
         f"{PLACE}-0_0_22_27_27_33_16_1_1",  # nine characters
+        f"{PLACE}-0_0_22_27_27_33_16-{160 * '1'}",
     ],
 )
 def test_crop_skips_what_cannot_be_a_plate(run, frames, name):
@@ -1712,6 +1762,7 @@ def trouble(crops, crop, frames):
     Path("trap.pth").write_bytes(b"cos\nsystem\n(S'touch trapped'\ntR.")  # if loaded with trust
     content = torch.load(READER, weights_only=True)
     torch.save(content | {"model": {"x": torch.zeros(3)}}, "misfit.pth")
+    os.mkfifo("pipe.jpg")
     for name in ("empty", "bad", "DIR/train", "DIR/test"):
         os.makedirs(name)
     for name in ("zero.jpg", "empty.txt", "bad/1-皖A00000.jpg", "bad/2-皖A00001.jpg"):
@@ -1727,6 +1778,7 @@ MISTAKES = [
     ("predict misfit.pth crop.jpg", "misfit.pth", "another model.py"),
     ("predict a.jfif", "a.jfif", "cannot be read"),
     ("predict zero.jpg", "zero.jpg", "cannot be read"),
+    ("predict pipe.jpg", "pipe.jpg", "cannot be read"),
     ("predict", "PATH", "no images there"),
     ("predict empty", "empty", "no images there"),
     ("predict crop.jpg --export x.xyz", "x.xyz", "name a new file"),
