@@ -412,8 +412,8 @@ def test_long_work_tells_how_far_it_is(capfd, monkeypatch):
     lines = capfd.readouterr().err.splitlines()
     assert [line.strip() for line in lines] == [
         "1 of 20, 2.5 min left",
-        "8 of 20, 0.9 min left",
-        "16 of 20, 0.3 min left",
+        "9 of 20, 0.8 min left",
+        "17 of 20, 0.2 min left",
     ]
 
 
