@@ -80,13 +80,6 @@ class CRNN(nn.Module):
         return self.fc(hidden) + self.skip(x)  # (T, B, C)
 
 
-class WideCRNN(CRNN):
-    """The pretrained model's network, "wide": it computes two thirds more, and learns more slowly
-    at first."""
-
-    layers = (*CRNN.layers[:4], (128, 2, 1), (128, 1, 1), (192, 2, 1), (256, 1, 1))
-
-
 class NotebookCRNN(nn.Module):
     """The baseline's network: five blocks of two convolutions and a max-pool, the mean over the
     height, a linear map from width / 32 columns to 20 time steps, two recurrent layers.
@@ -120,7 +113,7 @@ class NotebookCRNN(nn.Module):
 # (T, B, C): T time steps, at least one a character, and C = len(alphabet) + 1 classes, of which
 # the first is the blank. Where a batch-norm follows a convolution in an nn.Sequential, reading
 # makes one layer of both. All else is free; it trains with the recipe of "small" (see train.py).
-NETWORKS = {"small": CRNN, "wide": WideCRNN, "notebook": NotebookCRNN}
+NETWORKS = {"small": CRNN, "notebook": NotebookCRNN}
 
 
 def build_network(model, **config):

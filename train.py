@@ -72,7 +72,6 @@ NOTEBOOK = {
     "synthetic": 0.0,
     "augment": False,
 }
-RECIPES = {"wide": SMALL | {"epochs": 32}, "notebook": NOTEBOOK}  # of all others: SMALL
 # Not tried: with four times the images in a step, Adam's rate is twice as high, by the square root
 # (Malladi et al., 2022, arXiv:2205.10287).
 ON_GPU = {"batch_size": 4 * SMALL["batch_size"], "lr": 2 * SMALL["lr"]}
@@ -123,7 +122,7 @@ def parse_arguments(argv):
     known = {"model": args.model or "small"}
     if args.init:
         known = model.load_checkpoint(args.init)[1]["config"]
-    recipe = RECIPES.get(known["model"], SMALL) | known
+    recipe = (NOTEBOOK if known["model"] == "notebook" else SMALL) | known
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     if on_gpu and recipe["batch_size"] == 32 and not args.batch_size:
         recipe |= ON_GPU
