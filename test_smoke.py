@@ -2042,3 +2042,28 @@ def test_the_network_of_the_readme_trains_and_reads(copied, few, crop, monkeypat
     monkeypatch.setattr(own, "EPOCH_IMAGES", 16)
     own.main(f"--model mine {SMALL_RUN}".split())
     copied("predict").main(["ckpt.pth", "crop.jpg"])
+
+
+def test_the_course_runs(monkeypatch):
+    """All code of the notebook, that of the solutions too, with small numbers for large ones."""
+    notebook = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook.display)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(train, "EPOCH_IMAGES", 64)
+    os.symlink(HERE / "assets", "assets")
+    small = {"STEPS = 300": "STEPS = 2", "CROPS = 1000": "CROPS = 40"}
+    small |= {"IMAGES = 5000": "IMAGES = 64", "PLATES = 200": "PLATES = 5"}
+    names = {}
+    for cell in json.loads((HERE / "assets/course.ipynb").read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        blocks = [source]
+        if cell["cell_type"] == "markdown":
+            blocks = re.findall(r"^```python\n(.*?)^```", source, re.M | re.S)
+        for large in [number for number in small if number in source]:
+            blocks = [block.replace(large, small.pop(large)) for block in blocks]
+        for block in blocks:
+            exec(block, names)
+    assert not small, "the notebook's numbers have other names"
+    assert names["PLATES"] == 5
+    assert not Path("course_files").exists()
