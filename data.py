@@ -402,9 +402,14 @@ def open_image(source):
         raise kind(f"{name}: cannot be read ({printable(reason)[:150]})") from None
 
 
+def fit(image, size):
+    """A Pillow image in RGB as uint8 (3, *size): for training, scoring and reading alike."""
+    return pil_to_tensor(resize(image, size))  # antialiased if it shrinks
+
+
 def load_image(source, size):
-    """An image (see open_image) as uint8 (3, *size): for training, scoring and reading alike."""
-    return pil_to_tensor(resize(open_image(source), size))  # antialiased if it shrinks
+    """An image (see open_image) as uint8 (3, *size)."""
+    return fit(open_image(source), size)
 
 
 def with_progress(items):
@@ -703,9 +708,7 @@ def cut_frame(path, frames, out, rectify):
     if target.exists() or len(os.fsencode(target.name)) > 255:
         raise ImageError(f"{target}: is there already, or is too long a name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    plate_image.save(file, "JPEG", quality=95)
-    write_file(target, file.getvalue())
+    save_image(target, plate_image)
 
 
 def crop(frames, out, rectify):

@@ -109,8 +109,9 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         except data.ImageError as error:
             errors[k] = str(error)
             continue
-        images[k] = data.load_image(image, size)
-        if 1 < image.width / image.height < 1.9:  # so narrow are two rows, or one in a loose crop
+        images[k] = data.fit(image, size)
+        # so narrow are two rows, or one in a loose crop
+        if patterns and 1 < image.width / image.height < 1.9:
             joined[k] = join_rows(image)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)

@@ -124,7 +124,7 @@ def parse_arguments(argv):
         known = model.load_checkpoint(args.init)[1]["config"]
     recipe = (NOTEBOOK if known["model"] == "notebook" else SMALL) | known
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    if on_gpu and recipe["batch_size"] == 32 and not args.batch_size:
+    if on_gpu and recipe["batch_size"] == SMALL["batch_size"] and not args.batch_size:
         recipe |= ON_GPU
     for name, value in recipe.items():
         if vars(args).get(name) is None:

@@ -11,6 +11,7 @@ It is one run of train.py on drawn plates alone, `python train.py --epochs 48`: 
 busy core with AMX. Stopped, the same command goes on where it was.
 """
 
+import io
 import os
 from pathlib import Path
 
@@ -36,15 +37,9 @@ def make_reader():
     content = model.load_checkpoint(RUN)[1]
     weights = {name: value.half() for name, value in content["model"].items()}
     args = {name: content["args"][name] for name in RECIPE}
-    torch.save(
-        {
-            "model": weights,
-            "config": content["config"],
-            "args": args,
-            "history": content["history"],
-        },
-        ASSETS / "reader.pth",
-    )
+    file = io.BytesIO()
+    torch.save(content | {"model": weights, "args": args}, file)
+    data.write_file(ASSETS / "reader.pth", file.getvalue())
     os.remove(RUN)
 
 
@@ -52,7 +47,7 @@ def make_pictures():
     """Write the three pictures: the same plates for every reader."""
     # finer than what the network sees
     images, _ = plates.fixed_plates(60, "pictures", (96, 384))
-    to_pil_image(images[20]).save(ASSETS / "plate.png")
+    data.save_image(ASSETS / "plate.png", to_pil_image(images[20]))
     network = predict.load(device="cpu")
     predict.explain(network, [ASSETS / "plate.png"], ASSETS / "ctc.png")
     reads = predict.read(network, map(to_pil_image, images[::5]))
