@@ -1853,12 +1853,15 @@ def test_jupyter_has_another_stdout(run, crop, monkeypatch):
 # Commands: a full disk, a closed pipe, scripts and libraries without the rest
 
 
-@pytest.fixture
-def fill_disk(crops, crop, frames):
-    """When it is called, files may hold 2,000 bytes and no more until the test ends."""
+@contextlib.contextmanager
+def full_disk():
+    """Files may hold 2,000 bytes and no more, the log that pytest writes among them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @cases(
@@ -1874,10 +1877,12 @@ def fill_disk(crops, crop, frames):
         ("data crop frames cut", "cut"),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(run, fill_disk, command, name):
+def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(
+    run, crops, crop, frames, command, name
+):
     before = set(Path().rglob("*"))
-    fill_disk()
-    said = run(command, fails=True)
+    with full_disk():
+        said = run(command, fails=True)
     sentences = re.findall("error: .*", said)
     assert len(sentences) == 1, said
     assert name in sentences[0]
