@@ -12,6 +12,7 @@ Copy this file into any project; it imports no other of ours.
 import argparse
 import contextlib
 import errno
+import fnmatch
 import functools
 import io
 import itertools
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import linspace, rand, randn
+from torch import einsum, linspace, rand, randn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
 # ---------------------------------------------------------------------------------------
@@ -77,28 +78,26 @@ def is_chinese(alphabet):
     return set(NOTEBOOK_ALPHABET) <= set(alphabet) <= set(ALPHABET)
 
 
+# full-width letters, as Chinese keyboards type them, stand in the order of the plain ones
+FULL_WIDTH = {code + 0xFEE0: code for code in range(33, 127)}
+
+
 def normalise(text):
     """`text` with one form of each character, without invisible ones.
 
     Accents are joined to their letters, and full-width letters become plain ones. Raised or circled
     digits (² and ①) stay what they are: they are no part of a plate."""
-    plain = [
-        unicodedata.normalize("NFKC", char) if "<wide>" in unicodedata.decomposition(char) else char
-        for char in text
-    ]
-    return "".join(filter(str.isprintable, unicodedata.normalize("NFC", "".join(plain))))
+    plain = unicodedata.normalize("NFC", text.translate(FULL_WIDTH))
+    return "".join(filter(str.isprintable, plain))
 
 
 def read_alphabet(text):
     """An argparse type: the characters of `text`, or of the UTF-8 file.txt that it names."""
     if text.endswith(".txt"):
-        try:
-            text = Path(text).read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            raise argparse.ArgumentTypeError(f"{text}: save it as UTF-8") from None
+        text = Path(text).read_text("utf-8-sig", errors="replace")
     characters = "".join(dict.fromkeys(normalise(text)))
-    if not characters:
-        raise argparse.ArgumentTypeError("holds no characters; give those of the labels")
+    if not characters or "\ufffd" in characters:
+        raise argparse.ArgumentTypeError("holds no characters of labels, or not as UTF-8")
     return characters
 
 
@@ -215,8 +214,10 @@ PLATE = re.compile(
     rf"([{PROVINCES}][{LETTERS}]|使(?=[\W_]*\d{{6}}))[\W_]*"
     rf"([0-9A-Z]{{5,6}}|[0-9A-Z]{{4,5}}[警学挂港澳领])(?![0-9A-Z~警学挂港澳领])"
 )
+STANDARD = re.compile("|".join("".join(map("[{}]".format, row)) for row in PATTERNS))
 REPAIR = str.maketrans("OI", "01")
 REPAIRED = "labels held O or I, which plates do not; read as 0 and 1"
+NO_PATTERN = "labels that fit no pattern of plates"
 DROPPED = "names hold letters before the last -; if these are of the label, add - to --alphabet"
 
 
@@ -249,10 +250,11 @@ def parse_label(path, alphabet=ALPHABET):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
         plates = find_plates(last) or find_plates(name)
         if len(plates) == 1:
-            city, number = plates.pop()
-            repaired = number.translate(REPAIR)
-            if set(city + repaired) <= set(alphabet):  # that of an older reader has less
-                return city + repaired, REPAIRED if repaired != number else ""
+            plate = "".join(plates.pop())
+            text = plate.translate(REPAIR)
+            if set(text) <= set(alphabet):  # that of an older reader has less
+                odd = "" if STANDARD.fullmatch(text) else NO_PATTERN
+                return text, REPAIRED if text != plate else odd
     elif last and set(last) <= set(alphabet):
         could_be_label = before and set(before[-1]) <= set(alphabet)
         return last, DROPPED if could_be_label and not before[-1].isdigit() else ""
@@ -262,11 +264,6 @@ def parse_label(path, alphabet=ALPHABET):
 # the names and Pillow's formats of photographs; others may start programs
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"]
-
-
-def is_image(name):
-    """Whether a file's name ends as images' names do."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def list_images(folder, most=5):
@@ -280,12 +277,12 @@ def list_images(folder, most=5):
 
     files = []
     for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name[0] != "."]  # os.walk goes into these
-        files += [os.path.join(root, name) for name in names if name[0] != "."]
-    files.sort()
-    others = [path for path in files if not is_image(path)]
+        folders[:] = fnmatch.filter(folders, "[!.]*")  # os.walk goes into these
+        files += [os.path.join(root, name) for name in fnmatch.filter(names, "[!.]*")]
+    images = [path for path in sorted(files) if path.lower().endswith(SUFFIXES)]
+    others = sorted({*files} - {*images})
     warn("files passed over, without a suffix of images", others, most)
-    return [Path(path) for path in files if is_image(path)]
+    return list(map(Path, images))
 
 
 # names that people give to the parts of a data set
@@ -299,7 +296,7 @@ def split_folder(root, split):
     _, folders, files = next(os.walk(root), (root, [], []))
     chosen = [name for name in folders if name.lower() == split]
     if len(chosen) == 1:
-        loose = [Path(root, name) for name in files if is_image(name)]
+        loose = [name for name in files if name.lower().endswith(SUFFIXES)]
         warn(f"images passed over, beside the folder {chosen[0]}", loose)
         return Path(root, chosen[0])
     if any(map(SPLIT.fullmatch, folders)) or split not in ("train", "test"):
@@ -374,24 +371,23 @@ def open_image(source):
     An array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
     name = getattr(source, "name", None) or type(source).__name__
     try:
-        if isinstance(source, np.ndarray):
-            return decode(Image.fromarray(source))
-        if isinstance(source, Image.Image):
-            return decode(source)
         if isinstance(source, (str, os.PathLike)):
             name = source
             if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
                 raise ValueError("a folder or a pipe; give image files")
-            with open(source, "rb") as file:
-                return decode(Image.open(file, formats=FORMATS))
-        if isinstance(source, (bytes, bytearray, memoryview)):
+        elif isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
-        if not hasattr(source, "read"):
+        elif isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        elif not isinstance(source, Image.Image) and not hasattr(source, "read"):
             raise ValueError(
                 "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
                 "of a tensor give tensor.permute(1, 2, 0).numpy()"
             )
-        return decode(Image.open(source, formats=FORMATS))
+        if isinstance(source, Image.Image):
+            return decode(source)
+        with Image.open(source, formats=FORMATS) as image:
+            return decode(image)
     except MemoryError:  # no fault of the image, which has been measured
         raise
     except Exception as error:  # for broken files Pillow raises all kinds
@@ -413,21 +409,21 @@ def load_image(source, size):
 
 
 def with_progress(items):
-    """Yield the items. What takes more than five seconds tells stderr how far it is: on a terminal
-    in one line that renews itself, elsewhere every half minute."""
-    total = operator.length_hint(items)
-    is_first = os.getenv("RANK", "0") == "0"  # of several processes one tells
+    """Yield the items of a list. What takes more than five seconds tells stderr how far it is: on a
+    terminal in one line that renews itself, elsewhere every half minute."""
+    total = operator.length_hint(items)  # 0 for a stream, whose end nobody knows
     stream = sys.__stderr__  # audit prints warnings elsewhere
     is_terminal = stream and stream.isatty()
     start = time.monotonic()
     due = start + 5
     for done, item in enumerate(items):
-        seconds = time.monotonic() - start
-        if is_first and done and start + seconds > due:
-            minutes = seconds / done * (total - done) / 60
-            text = f"{done:,} of {total:,}, {minutes:.1f} min left" if total else f"{done:,} done"
+        now = time.monotonic()
+        # of several processes one tells
+        if 0 < done < total and now > due and os.getenv("RANK", "0") == "0":
+            minutes = (now - start) / done * (total - done) / 60
+            text = f"{done:,} of {total:,}, {minutes:.1f} min left"
             print(f"{text:40}", end="\r" if is_terminal else "\n", file=stream, flush=True)
-            due = start + seconds + (1 if is_terminal else 30)
+            due = now + (1 if is_terminal else 30)
         yield item
 
 
@@ -440,7 +436,7 @@ def in_threads(function, items, *options, most=5):
 
     def submit():
         try:
-            for item in with_progress(items):
+            for item in items:
                 yield pool.submit(function, item, *options)
         except Exception as error:  # of the items: raised when those before it have been yielded
             broken = Future()
@@ -476,7 +472,8 @@ def load_crops(crops, size):
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
-        for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), crops):
+        waiting = with_progress(crops)
+        for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), waiting):
             file.write(image.numpy().tobytes())
             texts.append(text)
         if not texts:
@@ -571,35 +568,50 @@ def blur(images, strength):
 
 # By how much a file of quality 50 rounds each cosine wave in 8 x 8 pixels, from coarse to fine, for
 # brightness and for colour (ITU-T T.81, annex K)
-LUMA_STEPS = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56
-14 17 22 29 51 87 80 62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92
-49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
-COLOUR_STEPS = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99
-47 66 99 99 99 99 99 99""" + (32 * " 99")
+LUMA_STEPS = """
+16 11 10 16  24  40  51  61
+12 12 14 19  26  58  60  55
+14 13 16 24  40  57  69  56
+14 17 22 29  51  87  80  62
+18 22 37 56  68 109 103  77
+24 35 55 64  81 104 113  92
+49 64 78 87 103 121 120 101
+72 92 95 98 112 100 103  99
+"""
+COLOUR_STEPS = """
+17 18 24 47 99 99 99 99
+18 21 26 66 99 99 99 99
+24 26 56 99 99 99 99 99
+47 66 99 99 99 99 99 99
+99 99 99 99 99 99 99 99
+99 99 99 99 99 99 99 99
+99 99 99 99 99 99 99 99
+99 99 99 99 99 99 99 99
+"""
 # brightness, and how much bluer and redder than grey, from red, green and blue
 YCC = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 
 
 @functools.lru_cache
 def jpeg_tables(device):
-    """The cosine waves of 8 pixels, (8, 8), the steps, (2, 8, 8), YCC and its inverse. To copy them
-    to a GPU waits, so it is done once."""
+    """The cosine waves of 8 pixels, (8, 8), the steps, (2, 8, 1, 8), YCC and its inverse. To copy
+    them to a GPU waits, so it is done once."""
     k = torch.arange(8.0).view(-1, 1)
     waves = (math.pi / 16 * k * (2 * k.T + 1)).cos() / 2
     waves[0] /= math.sqrt(2)  # now all have length 1, and the transpose is the inverse
-    steps = torch.tensor([float(step) for step in (LUMA_STEPS + " " + COLOUR_STEPS).split()])
+    steps = torch.tensor(list(map(float, (LUMA_STEPS + COLOUR_STEPS).split())))
     ycc = torch.tensor(YCC)
-    return [x.to(device) for x in (waves, steps.view(2, 8, 8), ycc, ycc.inverse())]
+    return [x.to(device) for x in (waves, steps.view(2, 8, 1, 8), ycc, ycc.inverse())]
 
 
 def round_waves(planes, waves, steps):
     """Planes (B, C, H, W) whose blocks of 8 x 8 pixels were taken apart into cosine waves, and
-    the amount of each rounded to a multiple of its step (B, 1, 8, 8)."""
-    # (B, C, H / 8, W / 8, 8, 8)
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
-    amounts = waves @ blocks.flatten(1, 3) @ waves.T
-    rounded = waves.T @ ((amounts / steps).round() * steps) @ waves
-    return rounded.view_as(blocks).transpose(3, 4).reshape(planes.shape)
+    the amount of each rounded to a multiple of its step (B, 1, 8, 1, 8)."""
+    # b: image, y and x: block, i and j: pixel in it, u and v: wave
+    blocks = planes.reshape(len(planes), -1, 8, planes.shape[3] // 8, 8)
+    amounts = einsum("ui,byixj,vj->byuxv", waves, blocks, waves)
+    rounded = (amounts / steps).round() * steps
+    return einsum("ui,byuxv,vj->byixj", waves, rounded, waves).view(planes.shape)
 
 
 def jpeg(images, quality):
@@ -608,14 +620,14 @@ def jpeg(images, quality):
     It keeps little of what eyes hardly see: colours at half the size, fine waves roughly."""
     waves, tables, ycc, rgb = jpeg_tables(images.device)
     percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
-    steps = [((table * percent + 50) // 100).clamp(1, 255) for table in tables]
+    steps = [((table * percent.unsqueeze(1) + 50) // 100).clamp(1, 255) for table in tables]
     height, width = images.shape[2:]
     padded = F.pad(images - 128, (0, -width % 16, 0, -height % 16), mode="replicate")
-    luma, colours = torch.einsum("ij,bjhw->bihw", ycc, padded).split((1, 2), 1)
+    luma, colours = einsum("ij,bjhw->bihw", ycc, padded).split((1, 2), 1)
     luma = round_waves(luma, waves, steps[0])
     colours = round_waves(F.avg_pool2d(colours, 2), waves, steps[1])
     colours = resize(colours, padded.shape[2:], antialias=False)
-    pixels = torch.einsum("ij,bjhw->bihw", rgb, torch.cat((luma, colours), 1)) + 128
+    pixels = einsum("ij,bjhw->bihw", rgb, torch.cat((luma, colours), 1)) + 128
     return pixels[:, :, :height, :width].clamp(0, 255)
 
 
@@ -656,7 +668,8 @@ def audit(folder, alphabet=ALPHABET):
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
         labelled = label_images(folder, alphabet, most=None)
-        sizes = list(in_threads(lambda crop: open_image(crop[0]).size, labelled, most=None))
+        paths = with_progress([path for path, _, _ in labelled])
+        sizes = list(in_threads(lambda path: open_image(path).size, paths, most=None))
         texts = [text for _, text, _ in labelled]
         counts = Counter("".join(texts))
         splits = defaultdict(list)
@@ -669,10 +682,6 @@ def audit(folder, alphabet=ALPHABET):
         print("least, median, largest size", *np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0))
         both = {*splits["train"]} & {*splits["test"]} - {""}
         warn("plates in train and test", sorted(both), None)
-        if is_chinese(alphabet):
-            plates = re.compile("|".join("".join(map("[{}]".format, row)) for row in PATTERNS))
-            odd = [path for path, text, _ in labelled if text and not plates.fullmatch(text)]
-            warn("labels that fit no pattern of plates", odd, None)
     return all(texts) and len(sizes) == len(texts) > 0
 
 
@@ -689,20 +698,20 @@ def cut_frame(path, frames, out, rectify):
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
+    image = open_image(path)
     try:
         box, corners, indices = numbers[2:5]
         left, top, right, bottom = box
-        quad = np.reshape(corners, (4, 2))[[2, 1, 0, 3]].flatten()  # in the order of Pillow
+        points = np.reshape(box + corners, (6, 2))
         plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(indices)).rstrip("O")
+        is_inside = left < right and top < bottom and (points <= image.size).all()
+        if not (is_inside and PLATE.fullmatch(plate)) or "O" in plate:
+            raise ValueError
     except (ValueError, IndexError):
-        raise ImageError(f"{path}: its name is not that of a CCPD photograph") from None
-    image = open_image(path)
-    points = np.reshape(box + corners, (6, 2))
-    is_inside = left < right and top < bottom and (points <= image.size).all()
-    if "O" in plate or not PLATE.fullmatch(plate) or not is_inside:
-        raise ImageError(f"{path}: the plate in its name is none, or outside the photograph")
+        raise ImageError(f"{path}: its name tells of no plate inside, as CCPD's do") from None
     plate_image = image.crop(box)
     if rectify:
+        quad = points[[4, 3, 2, 5]].flatten()  # in the order of Pillow
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
     target = Path(out, f"{path.relative_to(frames)}-{plate}.jpg")  # a.jpg and a.png are two
     if target.exists() or len(os.fsencode(target.name)) > 255:
@@ -716,7 +725,7 @@ def crop(frames, out, rectify):
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = list_images(frames)
-    cut = list(in_threads(cut_frame, paths, frames, out, rectify))
+    cut = list(in_threads(cut_frame, with_progress(paths), frames, out, rectify))
     print(f"{out}: {len(cut):,} plates cut, {len(paths) - len(cut):,} skipped")
 
 

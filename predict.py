@@ -231,7 +231,7 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(next(network.parameters()).device)
     if precision not in data.PRECISIONS:
         raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
-    sources = [sources] if is_one(sources) else sources
+    sources = [sources] if is_one(sources) else data.with_progress(sources)
     # a camera may fill its array, or its picture, again
     images = (source.copy() if hasattr(source, "copy") else source for source in sources)
     size = model.images_at_once(network)

@@ -408,7 +408,7 @@ def test_long_work_tells_how_far_it_is(capfd, monkeypatch):
     seconds = iter(range(0, 999, 4))
     monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
-    assert list(data.in_threads(str, range(20))) == [str(k) for k in range(20)]
+    assert list(data.with_progress(range(20))) == list(range(20))
     lines = capfd.readouterr().err.splitlines()
     assert [line.strip() for line in lines] == [
         "1 of 20, 2.5 min left",
@@ -458,7 +458,7 @@ def test_of_several_processes_the_first_tells(monkeypatch):
     monkeypatch.setattr(sys, "__stderr__", io.StringIO())
     seconds = iter(range(0, 999, 4))
     monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
-    assert list(data.in_threads(str, range(20))) == [str(k) for k in range(20)]
+    assert list(data.with_progress(range(20))) == list(range(20))
     assert sys.__stderr__.getvalue() == ""
 
 
@@ -1877,9 +1877,7 @@ def full_disk():
         ("data crop frames cut", "cut"),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(
-    run, crops, crop, frames, command, name
-):
+def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(run, crops, crop, frames, command, name):
     before = set(Path().rglob("*"))
     with full_disk():
         said = run(command, fails=True)
