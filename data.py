@@ -1,10 +1,11 @@
-"""Licence-plate data: labels from file names, images of one size, and a simulated camera.
+"""Lesson 1, data: from a file to a label and a picture, and a camera that makes new pictures.
 
     python data.py audit DIR                      # what a data set holds, and what is wrong
     python data.py crop FRAMES OUT [--rectify]    # CCPD photographs to crops for training
 
-The file goes from labels to images, and then to the camera: it photographs the plates that
-assets/plates.py draws, and augments real crops.
+A label is read from a file's name, and all images get one size. The camera, simulated,
+photographs the plates that assets/plates.py draws, and augments real crops. model.py (lesson 2)
+reads these pictures, and train.py (lesson 3) learns from them.
 
 Copy this file into any project; it imports no other of ours.
 """
@@ -511,27 +512,32 @@ def pair(x, y):
 def warp(images, size, extent, strength):
     """The view: a plate seen from an angle and cut out. Float (B, 3, h, w) to (B, 3, *size).
 
-    The plate hangs at an angle, and a detector cut it out by the box around it, or nearly so.
-    affine_grid asks for each pixel of the picture where on the plate it comes from, so all here
-    is the inverse of what happens: from the picture back to the plate, both [-1, 1] both ways."""
+    affine_grid asks for each pixel of the picture where on the plate it comes from. So all here is
+    the inverse of what happens: from the picture back to the plate, both [-1, 1] in x and in y.
+    `view` holds for each picture (2 rows, 3 columns) what to multiply x, y and 1 by:
+
+                         x                  y                  1
+        x on the plate   width of the box   slant of x         move to the side
+        y on the plate   slant of y         height of the box  move up or down
+
+    The plate hangs at an angle: in the photograph x is x + slant * y, and y is y + slant * x. A
+    detector cut it out by the box around it, or nearly so: from 8% wider and 14% higher than the
+    plate to 17% narrower and 32% lower. At last comes perspective: one end is nearer."""
     count = len(images)
-    # in the photograph x is x + slant * y, and y is y + slant * x
     slant = strength * pair(0.06, 0.4) * randn(count, 2, 1)
     eye = torch.eye(2)
     turn = eye - slant * eye.flip(0)  # (B, 2, 2)
     box = turn * (1 + slant.abs()).mT  # larger than a slanted plate, in each direction by its slant
-    # the box is from 8% wider and 14% higher than the plate to 17% narrower and 32% lower
     tight = rand(count, 2, 1) ** pair(2, 1)
     zoom = pair(0.93, 0.88) + pair(0.27, 0.60) * tight
     move = 0.04 * randn(count, 2, 1)
     view = pair(*extent) * torch.cat((box / zoom, move), 2)  # (B, 2, 3)
     grid = F.affine_grid(view, (count, 3, *size), align_corners=False)  # (B, H, W, 2)
-    # perspective: one end of the plate is nearer than the other
     nearer_x, nearer_y = 0.06 * strength * randn(2, count, 1, 1)
-    depth = (
-        1 + nearer_x * linspace(-1, 1, size[1]) + nearer_y * linspace(-1, 1, size[0]).view(-1, 1)
-    )
-    grid = grid / depth.unsqueeze(3)  # (B, H, W, 1) divides both coordinates
+    x = linspace(-1, 1, size[1])
+    y = linspace(-1, 1, size[0]).view(-1, 1)
+    depth = 1 + nearer_x * x + nearer_y * y  # (B, H, W)
+    grid = grid / depth.unsqueeze(3)  # divides both coordinates
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
