@@ -6,6 +6,7 @@ reader.pth    the weights in half precision, with config, recipe and history
 plate.png     one drawn plate
 reads.png     drawn plates, and what the model reads
 ctc.png       how it reads one of them
+kinds.png     one plate of each kind, as drawn: two rows stand side by side
 
 It is one run of train.py on drawn plates alone, `python train.py --epochs 48`: 88 minutes on one
 busy core with AMX. Stopped, the same command goes on where it was.
@@ -18,6 +19,7 @@ from pathlib import Path
 import plates  # it also makes the scripts above this folder importable
 import torch
 from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.v2.functional import to_dtype
 
 import data
 import model
@@ -28,6 +30,18 @@ ASSETS = Path(__file__).parent
 RUN = ASSETS / "run.pth"  # until reader.pth is made of it
 # what of a run's arguments the reader keeps: its recipe, and nothing of the machine
 RECIPE = ("precision", "seed", "synthetic", "val", "labels", "data", *train.SMALL)
+
+# a row of plates.PLATE_TYPES, and what stands on the plate
+KINDS = (
+    (0, "皖AX511H"),
+    (1, "皖AD12345"),
+    (2, "皖AX511H"),
+    (2, "皖A1234学"),
+    (3, "皖A1234挂"),
+    (4, "皖A1234警"),
+    (5, "粤Z1234港"),
+    (5, "使123456"),
+)
 
 
 def make_reader():
@@ -44,7 +58,7 @@ def make_reader():
 
 
 def make_pictures():
-    """Write the three pictures: the same plates for every reader."""
+    """Write the four pictures: the same plates for every reader."""
     # finer than what the network sees
     images, _ = plates.fixed_plates(60, "pictures", (96, 384))
     data.save_image(ASSETS / "plate.png", to_pil_image(images[20]))
@@ -53,6 +67,10 @@ def make_pictures():
     reads = predict.read(network, map(to_pil_image, images[::5]))
     captions = [read.plate for read in reads]
     plates.save_sheet(ASSETS / "reads.png", images[::5], captions, 3)
+    glyphs = plates.load_glyphs(60)
+    kinds = [plates.paint(plates.PLATE_TYPES[k], [text], glyphs)[0] for k, text in KINDS]
+    kinds = [to_dtype(image.clamp(0, 1), torch.uint8, scale=True) for image in kinds]
+    plates.save_sheet(ASSETS / "kinds.png", kinds, [text for _, text in KINDS], 4)
 
 
 if __name__ == "__main__":
