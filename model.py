@@ -84,8 +84,8 @@ class NotebookCRNN(nn.Module):
         self.cnn = nn.Sequential()
         c_in = 3
         for c_out in (32, 64, 128, 256, 512):
-            self.cnn.append(ConvNorm(c_in, c_out))
-            self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2, ceil_mode=True)))
+            block = [ConvNorm(c_in, c_out), ConvNorm(c_out, c_out), nn.MaxPool2d(2, ceil_mode=True)]
+            self.cnn.extend(block)
             c_in = c_out
         self.proj = nn.Linear(math.ceil(size[1] / 32), 20)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
