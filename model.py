@@ -225,6 +225,8 @@ def candidates(views, texts, alphabet):
 def pick_device(name=None):
     """The device called `name`, or CUDA where there is one, or the CPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":  # of torchrun's processes each has its own
+        name = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch built without CUDA asserts

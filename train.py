@@ -112,9 +112,7 @@ def parse_arguments(argv):
     add("--lr", type=number, help="highest learning rate (small: 0.002)")
     add("--weight-decay", type=number, help="(small: 0.02)")
     add("--warmup", type=number, help="steps, at most a fifth of the run (small: 300)")
-    add("--decay", action=switch, help="let the learning rate fall to 0 (small: yes)")
     add("--clip", type=number, help="max gradient norm (small: 5)")
-    add("--amsgrad", action=switch, help="of the optimizer (small: no)")
     add("--prior", action=switch, help="discount how often a province occurs (small: yes)")
     add("--augment", action=switch, help="photograph crops anew each time (small: yes)")
     args = parser.parse_args(argv)
@@ -141,17 +139,17 @@ def parse_arguments(argv):
 
 
 def find_processes():
-    """The number of this process, in all and on its machine, and how many processes there are, as
-    torchrun's environment says. They have found each other then. Raises OSError."""
+    """The number of this process and how many there are, as torchrun's environment says. They have
+    found each other then. Raises OSError."""
     if not {"RANK", "WORLD_SIZE"} & set(os.environ):
-        return 0, 0, 1
+        return 0, 1
     try:
         dist.init_process_group()  # nccl for GPUs, gloo for CPUs
     except (ValueError, dist.DistError) as error:
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
     # torchrun gives each one thread, and crops are decoded in threads
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    return dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size()
+    return dist.get_rank(), dist.get_world_size()
 
 
 def learning_rate(step, steps, args):
@@ -210,10 +208,9 @@ def validate(network, images, texts, precision):
 
 
 def score(row, kinds):
-    """What the best epoch has least of: edits, then loss, each the sum over `kinds` of means."""
-    edits = sum(row[levenshtein] for _, _, levenshtein, _ in kinds)
-    losses = sum(row[loss] for _, _, _, loss in kinds)
-    return edits, losses
+    """What the best epoch has least of: Levenshtein distance, then loss, summed over `kinds`."""
+    sums = [sum(row[name] for name in names) for names in zip(*kinds)]
+    return sums[2:]
 
 
 def free_name(path):
@@ -240,17 +237,15 @@ def train(args, config):
     data.check_output(args.out, ".pth")
     out = os.path.realpath(args.out)  # a link is followed
     written = content_of(out)
-    rank, local_rank, world_size = find_processes()
-    if world_size > 1 and args.device != "cpu" and torch.cuda.is_available():
-        args.device = f"cuda:{local_rank}"  # the first GPU is not everybody's
+    rank, world_size = find_processes()
     device = model.pick_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # the first GPU is not everybody's
     if rank > 0:
         sys.stdout = None  # the first process tells how the run goes
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
     content = {"config": config, "history": [], "args": {}}  # see model.py
-    is_resumed = args.resume and written is not None
+    is_resumed = args.resume and written
     if is_resumed:
         content = model.load_checkpoint(out)[1]
     args.precision = (
@@ -267,8 +262,7 @@ def train(args, config):
         learnt = earlier["args"]["labels"]
     network.to(device)
     # three images go through it now: a network of your own may be wrong
-    images = torch.zeros(3, 3, *args.size, dtype=torch.uint8)
-    logits = model.predict_logits(network.eval(), images)
+    logits = model.predict_logits(network.eval(), torch.zeros(3, 3, *args.size, dtype=torch.uint8))
     if logits.shape[1:] != (3, len(args.alphabet) + 1):
         raise OSError(
             f"--model {args.model}: gives {tuple(logits.shape)} for 3 images; its logits are to be "
@@ -338,7 +332,7 @@ def train(args, config):
     parts = (network, optimizer, scaler)
 
     # 5) resume
-    best = (math.inf,)
+    best = [math.inf]
     if is_resumed:
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         reason = ", ".join(sorted(changed - MAY_CHANGE))
@@ -354,14 +348,15 @@ def train(args, config):
         except Exception:  # the parts raise all kinds of errors
             raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
         print(f"resumed after epoch {len(content['history'])}")
+    first = len(content["history"])  # the epoch to begin with
     if world_size > 1:
         done = [None] * world_size
-        dist.all_gather_object(done, len(content["history"]))
+        dist.all_gather_object(done, first)
         if len(set(done)) > 1:
             raise OSError(f"{args.out}: the processes are at epochs {done}; let them share a disk")
     content["args"] = vars(args)
 
-    for epoch in range(len(content["history"]), args.epochs):
+    for epoch in range(first, args.epochs):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         if labelled:
