@@ -225,8 +225,8 @@ def candidates(views, texts, alphabet):
 def pick_device(name=None):
     """The device called `name`, or CUDA where there is one, or the CPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # of torchrun's processes each has its own
-        name = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch built without CUDA asserts

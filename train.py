@@ -145,10 +145,10 @@ def find_processes():
         return 0, 1
     try:
         dist.init_process_group()  # nccl for GPUs, gloo for CPUs
-    except (ValueError, dist.DistError) as error:
+        # torchrun gives each one thread, and crops are decoded in threads
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    except (ValueError, KeyError, RuntimeError) as error:
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
-    # torchrun gives each one thread, and crops are decoded in threads
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -183,10 +183,11 @@ def synthetic_share(num_crops, args):
 def province_prior(texts, alphabet):
     """(C,) float32: how much likelier than usual each province is in `texts`, as a logarithm.
 
-    0 for all other classes. Training adds it to the logits of crops, and reading goes without
-    it. So the network learns what a province looks like, and not how many photographs came from
-    there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
-    if not (texts and data.is_chinese(alphabet)):
+    0 for all other classes, and for all if the plates are not Chinese. Training adds it to the
+    logits of crops, and reading goes without it. So the network learns what a province looks like,
+    and not how many photographs came from there (logit adjustment; Menon et al., 2021,
+    arXiv:2007.07314)."""
+    if not data.is_chinese(alphabet):
         return torch.zeros(len(alphabet) + 1)
     firsts = [text[0] for text in texts]
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
@@ -223,7 +224,7 @@ def free_name(path):
 
 
 def content_of(path):
-    """The bytes of a file, or None if there is none. Raises OSError, as for too long a name."""
+    """The bytes of a file, or None if there is none. Raises OSError for a name that is too long."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -237,6 +238,7 @@ def train(args, config):
     data.check_output(args.out, ".pth")
     out = os.path.realpath(args.out)  # a link is followed
     written = content_of(out)
+    content_of(free_name(out))  # none, but an error if the name is too long
     rank, world_size = find_processes()
     device = model.pick_device(args.device)
     if device.type == "cuda":
@@ -304,11 +306,11 @@ def train(args, config):
         f"drawn; {len(held_out):,} crops held out\n"
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
-    if labelled and len(held_out) < ENOUGH_CROPS:
-        print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
     prior = torch.zeros(args.batch_size, len(args.alphabet) + 1, device=device)
-    prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
     if labelled:
+        if len(held_out) < ENOUGH_CROPS:
+            print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
+        prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
         crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
     validation = {}
     if rank == 0:
@@ -399,7 +401,7 @@ def train(args, config):
             scaler.update()
 
             # 9) log. A number is asked for only here: to give one, a GPU must be waited for.
-            losses.append(loss.detach().where(norm.isfinite(), math.nan))  # nan: a skipped step
+            losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan: skipped
             if done == 10 or step % 50 == 0 or step == steps:
                 recent = torch.stack(losses[-50:]).nanmean()
                 if recent.isnan():
