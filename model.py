@@ -40,27 +40,20 @@ class CRNN(nn.Module):
 
     size: (height, width) of the images. rnn: "lstm" or "gru"."""
 
-    # the convolutions, from the image on: (channels, stride in rows, stride in columns)
-    layers = (
-        (32, 2, 2),  # (B, 32, 16, 64) for an image of 32 x 128
-        (32, 1, 1),  # more features before detail is given up
-        (64, 2, 2),  # (B, 64, 8, 32)
-        (64, 1, 1),
-        (96, 2, 1),  # (B, 96, 4, 32): from here on only rows merge, a character keeps its columns
-        (96, 1, 1),
-        (192, 2, 1),  # (B, 192, 2, 32)
-    )
-
     def __init__(self, alphabet, size=(32, 128), rnn="lstm", bidirectional=True):
         super().__init__()
-        self.cnn = nn.Sequential()
-        c_in = 3  # red, green, blue
-        for c_out, *stride in self.layers:
-            self.cnn.append(ConvNorm(c_in, c_out, stride=stride))
-            c_in = c_out
-        # the rows that are left become one
-        rows = math.ceil(size[0] / 16)
-        self.cnn.append(ConvNorm(c_in, 256, kernel_size=(rows, 1), padding=0))
+        self.cnn = nn.Sequential(  # (B, 3, 32, 128), for example: red, green, blue
+            ConvNorm(3, 32, stride=2),  # (B, 32, 16, 64)
+            ConvNorm(32, 32),  # more features before detail is given up
+            ConvNorm(32, 64, stride=2),  # (B, 64, 8, 32)
+            ConvNorm(64, 64),
+            # from here on only rows merge: a character keeps its columns
+            ConvNorm(64, 96, stride=(2, 1)),  # (B, 96, 4, 32)
+            ConvNorm(96, 96),
+            ConvNorm(96, 192, stride=(2, 1)),  # (B, 192, 2, 32)
+            # the rows that are left become one
+            ConvNorm(192, 256, kernel_size=(math.ceil(size[0] / 16), 1), padding=0),
+        )
         self.rnn = RECURRENT[rnn](256, 96, bidirectional=bidirectional)
         self.fc = nn.Linear(96 * (1 + bidirectional), len(alphabet) + 1)
         self.skip = nn.Linear(256, len(alphabet) + 1)
@@ -91,8 +84,8 @@ class NotebookCRNN(nn.Module):
         self.cnn = nn.Sequential()
         c_in = 3
         for c_out in (32, 64, 128, 256, 512):
-            self.cnn.append(ConvNorm(c_in, c_out))
-            self.cnn.append(ConvNorm(c_out, c_out).append(nn.MaxPool2d(2, ceil_mode=True)))
+            block = [ConvNorm(c_in, c_out), ConvNorm(c_out, c_out), nn.MaxPool2d(2, ceil_mode=True)]
+            self.cnn.extend(block)
             c_in = c_out
         self.proj = nn.Linear(math.ceil(size[1] / 32), 20)
         self.rnn = RECURRENT[rnn](512, 256, 2, dropout=0.3, bidirectional=bidirectional)
@@ -232,6 +225,8 @@ def candidates(views, texts, alphabet):
 def pick_device(name=None):
     """The device called `name`, or CUDA where there is one, or the CPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch built without CUDA asserts
@@ -323,35 +318,36 @@ def load_checkpoint(path, device="cpu"):
     memory than their size tells. Raises OSError with one sentence."""
     if not os.access(path, os.R_OK):
         raise OSError(f"{path}: no such file, or not yours to read")
-    broken = OSError(f"{path}: not a checkpoint, or damaged; give a file that train.py wrote")
-    if not is_checkpoint(path):
-        raise broken
     try:
+        if not is_checkpoint(path):
+            raise ValueError
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
         if unpacked > os.path.getsize(path):  # a small file could fill the memory
-            raise broken
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises all kinds of errors
-        raise broken from None
+        raise OSError(
+            f"{path}: not a checkpoint, or damaged; give a file that train.py wrote"
+        ) from None
     other = f"{path}: made by another model.py, or not by train.py;"
     try:
         weights = dict(content["model"])
         config = content["config"]
         args = content["args"]
-        numbers = [number for row in content["history"] for number in row.values()]
-        is_plain = (
+        numbers = list(args["labels"])
+        for row in content["history"]:
+            numbers += row.values()
+        if not (
             is_config(**config)
             and isinstance(args["data"], (str, type(None)))
-            and {*map(type, args["labels"])} <= {int}
             and {*map(type, numbers)} <= {int, float}
-        )
+        ):
+            raise TypeError
     except KeyError as error:
         raise OSError(f"{other} it lacks {error}") from None
-    except (TypeError, ValueError, AttributeError):  # it holds other types
-        is_plain = False
-    if not is_plain:
-        raise OSError(f"{other} its config, args or history does not fit")
+    except (TypeError, ValueError, AttributeError):
+        raise OSError(f"{other} its config, args or history does not fit") from None
     with torch.device("meta"):  # shapes without memory
         places = build_network(**config).state_dict()
     for name in places | weights:
@@ -362,7 +358,7 @@ def load_checkpoint(path, device="cpu"):
             and isinstance(place, torch.Tensor)
             and (weight.shape, weight.layout) == (place.shape, place.layout)
             and weight.dtype in (place.dtype, torch.float16)
-            and weight.device.type == "cpu"
+            and weight.is_cpu
             # a file can hold one number and say that it stands for millions
             and weight.untyped_storage().nbytes() >= weight.nbytes
         ):

@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ NOTEBOOK = {
 }
 # Not tried: with four times the images in a step, Adam's rate is twice as high, by the square root
 # (Malladi et al., 2022, arXiv:2205.10287).
-ON_GPU = {"batch_size": 4 * SMALL["batch_size"], "lr": 2 * SMALL["lr"]}
+ON_GPU = {"batch_size": 128, "lr": 4e-3}
 CONFIG = ("model", "alphabet", "size", "rnn", "bidirectional")  # the network's part
 # in a run that is resumed; of --data the labels are compared, wherever they lie now
 MAY_CHANGE = {"resume", "out", "data", "init", "device", "precision", "lr"}
@@ -113,20 +112,18 @@ def parse_arguments(argv):
     add("--lr", type=number, help="highest learning rate (small: 0.002)")
     add("--weight-decay", type=number, help="(small: 0.02)")
     add("--warmup", type=number, help="steps, at most a fifth of the run (small: 300)")
-    add("--decay", action=switch, help="let the learning rate fall to 0 (small: yes)")
     add("--clip", type=number, help="max gradient norm (small: 5)")
-    add("--amsgrad", action=switch, help="of the optimizer (small: no)")
     add("--prior", action=switch, help="discount how often a province occurs (small: yes)")
     add("--augment", action=switch, help="photograph crops anew each time (small: yes)")
     args = parser.parse_args(argv)
     known = {"model": args.model or "small"}
     if args.init:
         known = model.load_checkpoint(args.init)[1]["config"]
-    recipe = (NOTEBOOK if known["model"] == "notebook" else SMALL) | known
+    recipe = NOTEBOOK if known["model"] == "notebook" else SMALL
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    if on_gpu and recipe["batch_size"] == SMALL["batch_size"] and not args.batch_size:
-        recipe |= ON_GPU
-    for name, value in recipe.items():
+    if recipe is SMALL and on_gpu and not args.batch_size:
+        recipe = SMALL | ON_GPU
+    for name, value in (recipe | known).items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
     config = {name: vars(args)[name] for name in CONFIG}
@@ -142,22 +139,18 @@ def parse_arguments(argv):
 
 
 def find_processes():
-    """The number of this process, in all and on its machine, and how many processes there are, as
-    torchrun's environment says. They have found each other then. Raises OSError."""
+    """The number of this process and how many there are, as torchrun's environment says. They have
+    found each other then. Raises OSError."""
+    if not {"RANK", "WORLD_SIZE"} & set(os.environ):
+        return 0, 1
     try:
-        rank = int(os.getenv("RANK", 0))
-        local_rank = int(os.getenv("LOCAL_RANK", rank))
-        world_size = int(os.getenv("WORLD_SIZE", 1))
-        local_size = int(os.getenv("LOCAL_WORLD_SIZE", world_size))
-        if not 0 <= rank < world_size:
-            raise ValueError(f"process {rank} of {world_size}")
-        if world_size > 1:
-            dist.init_process_group()  # nccl for GPUs, gloo for CPUs
-            # torchrun gives each one thread, and crops are decoded in threads
-            torch.set_num_threads(max(1, os.cpu_count() // max(1, local_size)))
-    except (ValueError, dist.DistError) as error:
+        dist.init_process_group()  # nccl for GPUs, gloo for CPUs
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
+            torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    except (ValueError, KeyError, RuntimeError) as error:
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
-    return rank, local_rank, world_size
+    return dist.get_rank(), dist.get_world_size()
 
 
 def learning_rate(step, steps, args):
@@ -171,16 +164,16 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
-    if not num_crops and args.synthetic not in (None, 1):
-        raise OSError(
-            f"--synthetic {args.synthetic:g}: no crops to learn from; give --data, or a smaller "
-            "--val, or --synthetic 1"
-        )
     can_draw = plates and set(data.NOTEBOOK_ALPHABET) <= set(args.alphabet)
-    share = args.synthetic if num_crops else 1.0
+    share = args.synthetic
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
-        share = 1 - min(MOST_CROPS, views) if can_draw else 0.0
+        share = 1 - min(MOST_CROPS, views) if can_draw or not num_crops else 0.0
+    if share < 1 and not num_crops:
+        raise OSError(
+            f"--synthetic {share:g}: no crops to learn from; give --data, or a smaller --val, or "
+            "--synthetic 1"
+        )
     if share and not can_draw:
         raise OSError(
             "drawn plates need assets/ and the alphabet of plates; give --data, or a smaller --val"
@@ -191,14 +184,17 @@ def synthetic_share(num_crops, args):
 def province_prior(texts, alphabet):
     """(C,) float32: how much likelier than usual each province is in `texts`, as a logarithm.
 
-    0 for all other classes. Training adds it to the logits of crops, and reading goes without
-    it. So the network learns what a province looks like, and not how many photographs came from
-    there (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
-    if not (texts and data.is_chinese(alphabet)):
+    0 for all other classes, and for all if the plates are not Chinese. Training adds it to the
+    logits of crops, and reading goes without it. So the network learns what a province looks like,
+    and not how many photographs came from there (logit adjustment; Menon et al., 2021,
+    arXiv:2007.07314)."""
+    if not data.is_chinese(alphabet):
         return torch.zeros(len(alphabet) + 1)
-    counts = Counter(text[0] for text in texts)
+    firsts = [text[0] for text in texts]
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
-    numbers = [counts[char] + smallest if char in data.PROVINCES else 0.0 for char in alphabet]
+    numbers = [
+        firsts.count(char) + smallest if char in data.PROVINCES else 0.0 for char in alphabet
+    ]
     share = torch.tensor([0.0, *numbers]) / sum(numbers)  # the blank's first
     # over the crops log(share) has the mean -entropy: with the entropy added the mean is 0, and
     # provinces gain nothing against other classes
@@ -214,33 +210,26 @@ def validate(network, images, texts, precision):
 
 
 def score(row, kinds):
-    """What the best epoch has least of: edits, then loss, each the sum over `kinds` of means."""
-    edits = sum(row[levenshtein] for _, _, levenshtein, _ in kinds)
-    losses = sum(row[loss] for _, _, _, loss in kinds)
-    return edits, losses
-
-
-def finite(numbers):
-    """Those of a list of numbers on a device that are finite, as a tensor."""
-    numbers = torch.stack(numbers)
-    return numbers[numbers.isfinite()]
+    """What the best epoch has least of: Levenshtein distance, then loss, summed over `kinds`."""
+    sums = [sum(row[name] for name in names) for names in zip(*kinds)]
+    return sums[2:]
 
 
 def free_name(path):
-    """ckpt-1.pth for ckpt.pth, or the next number that is free. Raises OSError for a name that is
-    too long."""
-    path = Path(path)
+    """ckpt-1.pth for ckpt.pth, or the next number that is free."""
+    stem, suffix = os.path.splitext(path)
     for k in itertools.count(1):
-        name = path.with_name(f"{path.stem}-{k}{path.suffix}")
-        try:
-            name.lstat()
-        except FileNotFoundError:
+        name = f"{stem}-{k}{suffix}"
+        if not os.path.lexists(name):
             return name
 
 
 def content_of(path):
-    """The bytes of a file, or None if there is none."""
-    return Path(path).read_bytes() if os.path.exists(path) else None
+    """The bytes of a file, or None if there is none. Raises OSError for a name that is too long."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def train(args, config):
@@ -249,19 +238,17 @@ def train(args, config):
     # 1) the processes that share the run, and the device of this one
     data.check_output(args.out, ".pth")
     out = os.path.realpath(args.out)  # a link is followed
-    free_name(out)
     written = content_of(out)
-    rank, local_rank, world_size = find_processes()
-    if world_size > 1 and args.device != "cpu" and torch.cuda.is_available():
-        args.device = f"cuda:{local_rank}"  # the first GPU is not everybody's
+    content_of(free_name(out))  # none, but an error if the name is too long
+    rank, world_size = find_processes()
     device = model.pick_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # the first GPU is not everybody's
     if rank > 0:
         sys.stdout = None  # the first process tells how the run goes
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
     content = {"config": config, "history": [], "args": {}}  # see model.py
-    is_resumed = args.resume and written is not None
+    is_resumed = args.resume and written
     if is_resumed:
         content = model.load_checkpoint(out)[1]
     args.precision = (
@@ -278,8 +265,7 @@ def train(args, config):
         learnt = earlier["args"]["labels"]
     network.to(device)
     # three images go through it now: a network of your own may be wrong
-    images = torch.zeros(3, 3, *args.size, dtype=torch.uint8)
-    logits = model.predict_logits(network.eval(), images)
+    logits = model.predict_logits(network.eval(), torch.zeros(3, 3, *args.size, dtype=torch.uint8))
     if logits.shape[1:] != (3, len(args.alphabet) + 1):
         raise OSError(
             f"--model {args.model}: gives {tuple(logits.shape)} for 3 images; its logits are to be "
@@ -321,21 +307,20 @@ def train(args, config):
         f"drawn; {len(held_out):,} crops held out\n"
         f"{args.epochs} epochs of {steps:,} steps of {args.batch_size * world_size} images"
     )
-    if labelled and len(held_out) < ENOUGH_CROPS:
-        print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
     prior = torch.zeros(args.batch_size, len(args.alphabet) + 1, device=device)
-    prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
     if labelled:
+        if len(held_out) < ENOUGH_CROPS:
+            print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
+        prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
         crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
-    validation = []
+    validation = {}
     if rank == 0:
         if held_out:
-            validation.append((CROPS, *data.load_crops(held_out, args.size)))
+            validation[CROPS] = data.load_crops(held_out, args.size)
         if num_drawn:
-            validation.append((DRAWN, *plates.fixed_plates(*plates.VALIDATION, args.size)))
-    kinds = [names for names, _, _ in validation]  # that choose the best weights
-    if len(held_out) >= ENOUGH_CROPS:
-        kinds = [CROPS]  # what the reader is for
+            validation[DRAWN] = plates.fixed_plates(*plates.VALIDATION, args.size)
+    # what chooses the best weights: crops, which the reader is for, if they are many
+    kinds = [CROPS] if len(held_out) >= ENOUGH_CROPS else validation
 
     # 4) the optimizer
     optimizer = getattr(torch.optim, args.optimizer)(
@@ -350,7 +335,7 @@ def train(args, config):
     parts = (network, optimizer, scaler)
 
     # 5) resume
-    best = (math.inf, math.inf)
+    best = [math.inf]
     if is_resumed:
         changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
         reason = ", ".join(sorted(changed - MAY_CHANGE))
@@ -366,20 +351,21 @@ def train(args, config):
         except Exception:  # the parts raise all kinds of errors
             raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
         print(f"resumed after epoch {len(content['history'])}")
+    first = len(content["history"])  # the epoch to begin with
     if world_size > 1:
         done = [None] * world_size
-        dist.all_gather_object(done, len(content["history"]))
+        dist.all_gather_object(done, first)
         if len(set(done)) > 1:
             raise OSError(f"{args.out}: the processes are at epochs {done}; let them share a disk")
     content["args"] = vars(args)
 
-    for epoch in range(len(content["history"]), args.epochs):
+    for epoch in range(first, args.epochs):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         if labelled:
-            order = torch.randperm(len(crops))
+            # each crop equally often: after the last the first ones come again
+            order = itertools.cycle(torch.randperm(len(crops)).tolist())
         losses = []
-        norms = []  # of the gradients; where one is not finite the step is skipped
         epoch_start = time.perf_counter()
         for step in range(1, steps + 1):
             done = epoch * steps + step
@@ -389,9 +375,7 @@ def train(args, config):
             images = []
             labels = []
             if num_crops:
-                # each crop equally often: after the last the first ones come again
-                places = torch.arange((step - 1) * num_crops, step * num_crops)
-                chosen = order[places % len(order)]
+                chosen = list(itertools.islice(order, num_crops))
                 batch = crops[chosen].to(device, non_blocking=True)
                 if args.augment:
                     batch = data.camera(batch, args.size)
@@ -418,11 +402,10 @@ def train(args, config):
             scaler.update()
 
             # 9) log. A number is asked for only here: to give one, a GPU must be waited for.
-            losses.append(loss.detach())
-            norms.append(norm)
+            losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan: skipped
             if done == 10 or step % 50 == 0 or step == steps:
-                recent = finite(losses[-50:])
-                if not len(recent):
+                recent = torch.stack(losses[-50:]).nanmean()
+                if recent.isnan():
                     raise OSError(
                         "the loss is not finite; train again with a lower --lr, or from the best "
                         f"weights, if there are any, with --init {args.out}"
@@ -430,12 +413,12 @@ def train(args, config):
                 scores = evaluate.metrics(labels, model.greedy_decode(logits, args.alphabet))
                 speed = step / (time.perf_counter() - epoch_start)
                 print(
-                    f"epoch {epoch + 1} step {step:5,}  loss {recent.mean():6.3f}  "
+                    f"epoch {epoch + 1} step {step:5,}  loss {recent:6.3f}  "
                     f"accuracy {scores['accuracy']:.4f}  CER {scores['cer']:.4f}  "
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
-                skipped = len(norms) - len(finite(norms))
+                skipped = torch.stack(losses).isnan().sum().item()
                 if skipped:
                     print(f"  {skipped} steps of this epoch skipped: their gradients not finite")
                 if 0.9 < scores["cer"] <= 1:
@@ -448,11 +431,11 @@ def train(args, config):
             "epoch": epoch + 1,
             "images": done * args.batch_size * world_size,
             "minutes": (time.perf_counter() - epoch_start) / 60,
-            "loss": finite(losses).mean().item(),
+            "loss": torch.stack(losses).nanmean().item(),
         }
         if skipped:
             row["skipped"] = skipped
-        for names, *part in validation:
+        for names, part in validation.items():
             row |= zip(names, validate(network.eval(), *part, args.precision))
         content["history"].append(row)
         numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
@@ -469,18 +452,17 @@ def train(args, config):
         # file of an earlier run is kept, and that of another run beside this one, too.
         file = io.BytesIO()  # torch's own errors of a full disk are no OSErrors
         torch.save(content | rest, file)
+        spare = free_name(out)
         if content_of(out) != written:
-            other = free_name(out)
-            data.write_file(other, file.getvalue())
-            raise OSError(f"{args.out}: another run has written it; this run is now {other}")
+            data.write_file(spare, file.getvalue())
+            raise OSError(f"{args.out}: another run has written it; this run is now {spare}")
         if written and epoch == 0:
-            earlier = free_name(out)
-            os.replace(out, earlier)
-            print(f"{args.out}: that of an earlier run is now {earlier}")
+            os.replace(out, spare)
+            print(f"{args.out}: that of an earlier run is now {spare}")
         written = file.getvalue()
         data.write_file(out, written)
     print(f"{args.out}: the best weights. Next: python evaluate.py {args.out}")
-    if world_size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
