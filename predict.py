@@ -85,8 +85,6 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
     plates in three views, or to a plate of two rows. What is no plate then gets no read: "", with
     confidence 0. With top > 1 every image goes through the beam search."""
-    if not sources:
-        return []
     size = network.config["size"]
     alphabet = network.config["alphabet"]
     images = torch.zeros(len(sources), 3, *size, dtype=torch.uint8)  # black if unreadable
@@ -111,24 +109,21 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         for k, read in enumerate(reads)
         if patterns and not (read.confidence > threshold and model.is_plate(read.plate, patterns))
     ]
-    views = {}
+    views = logits[:, :, None].repeat(1, 1, 3, 1)  # (T, B, 3, C): three times the same
     if unsure:
-        # Two more views come a little closer and tilt the image to either side: what is misread at
-        # first sight is often read well from another angle (test-time augmentation; Krizhevsky et
-        # al., 2012).
-        angles = [logits[:, unsure]]  # of each view (T, number of unsure images, C)
-        for degrees in (2.5, -2.5):
+        # Two other views come a little closer and tilt the image to either side: what is misread
+        # at first sight is often read well from another angle (test-time augmentation; Krizhevsky
+        # et al., 2012).
+        for view, degrees in enumerate((2.5, -2.5), 1):
             shear = [0.0, degrees]
             tilted = affine(images[unsure], 0.0, [0, 0], 1.04, shear, InterpolationMode.BILINEAR)
-            angles.append(model.predict_logits(network, tilted, precision))
-        views = dict(zip(unsure, torch.stack(angles, 2).unbind(1)))  # (T, 3, C) each
+            views[:, unsure, view] = model.predict_logits(network, tilted, precision)
     for k in range(len(sources)) if top > 1 else unsure:
         strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
         if adapt:  # the search drops most provinces of a blurred plate
             others = [char + plate[1:] for plate in strings[:3] for char in data.PROVINCES]
             strings = list(dict.fromkeys(strings + others))
-        seen = views.get(k, logits[:, [k]])
-        answers = model.candidates(seen, strings, alphabet)[:40] if strings else []
+        answers = model.candidates(views[:, k], strings, alphabet)[:40] if strings else []
         reads[k] = Read(*(answers or [("", 0.0)])[0], answers, "")
     for k, rows in joined.items():
         if k in unsure:
@@ -206,9 +201,11 @@ def in_batches(sources, size):
                 yield batch
                 batch = []
     except Exception:
-        yield batch
+        if batch:
+            yield batch
         raise
-    yield batch
+    if batch:
+        yield batch
 
 
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
@@ -381,12 +378,14 @@ def main(argv=None):
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
     for path, name, result in zip(paths, names, reads):
         if result.error:
-            print("error:", data.printable(result.error), file=sys.stderr)
+            print(f"error: {data.printable(result.error)}", file=sys.stderr)
             continue
         confidences.append(result.confidence)
-        cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
-        cells += (args.top - len(cells)) * ["\t0.0000"]  # each row has as many columns
-        print(data.printable(path), *cells, sep="\t")
+        row = data.printable(path)
+        for plate, confidence in result.alternatives:
+            row += f"\t{plate}\t{confidence:.4f}"
+        # each row has as many columns
+        print(row + (args.top - len(result.alternatives)) * "\t\t0.0000")
         if args.label:
             keep(path, name, result, args.label, args.above)
     warn_if_no_plates(confidences)
