@@ -306,7 +306,9 @@ def main(argv=None):
     add("--report", help="a new folder: write report.html there")
     predict.reading_options(add)
     args = vars(parser.parse_args(argv))
-    csv_path, json_path, report = (args.pop(name) for name in ("csv", "json", "report"))
+    csv_path = args.pop("csv")
+    json_path = args.pop("json")
+    report = args.pop("report")
     if report:
         page = check_report(report)
     if csv_path:
@@ -321,7 +323,7 @@ def main(argv=None):
         data.write_file(json_path, json.dumps(scores | {"reads": len(scores["reads"])}, indent=1))
     if report:
         write_report(page, scores)
-        print("report      ", page.resolve().as_uri())
+        print(f"report       {page.resolve().as_uri()}")
 
 
 if __name__ == "__main__":

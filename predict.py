@@ -29,6 +29,7 @@ import sys
 from collections import Counter, namedtuple
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, affine, resize, to_pil_image
@@ -65,38 +66,29 @@ def plate_patterns(network, grammar):
     return data.PATTERNS if grammar else ()
 
 
-def more_views(images):
-    """Two more views of each image, one after the other: uint8 (B, 3, H, W) to (2 * B, 3, H, W).
-
-    They come a little closer and tilt the image to either side. What is misread at first sight
-    is often read well from another angle (test-time augmentation; Krizhevsky et al., 2012)."""
-    tilted = [
-        affine(images, 0.0, [0, 0], 1.04, [0.0, degrees], InterpolationMode.BILINEAR)
-        for degrees in (2.5, -2.5)
-    ]
-    return torch.stack(tilted, 1).flatten(0, 1)
+# What is misread at first sight is often read well from another angle or nearer by: how much
+# larger the image is seen, and by how many degrees it is tilted (test-time augmentation;
+# Krizhevsky et al., 2012)
+VIEWS = ((1.04, 4.0), (1.04, -4.0), (1.12, 0.0))
 
 
 def join_rows(image):
-    """A plate of two rows as a plate of one: the upper part of a Pillow image beside the lower one.
+    """A plate of two rows as a plate of one: the upper part of a Pillow image beside the lower one,
+    as an array (80, 280, 3).
 
     Each is as wide as its share of the seven characters. Above stand the province and a letter,
-    with free space on both sides."""
+    with free space on both sides. No crop is exact: both parts hold what lies between the rows."""
     width, height = image.size
-    cut = 0.43 * height
-    upper = image.resize((80, 80), box=(0.15 * width, 0, 0.85 * width, cut))
-    lower = image.resize((200, 80), box=(0, cut, width, height))
-    joined = Image.new("RGB", (280, 80))
-    joined.paste(upper, (0, 0))
-    joined.paste(lower, (80, 0))
-    return joined
+    upper = image.resize((80, 80), box=(0.2 * width, 0, 0.8 * width, 0.42 * height))
+    lower = image.resize((200, 80), box=(0, 0.34 * height, width, height))
+    return np.hstack((upper, lower))
 
 
 def read_batch(sources, network, precision, patterns, top, adapt):
     """A Read with all its candidates for each of a list of sources.
 
     Greedy; but with `patterns`, a read that is no plate or not sure gives way to the likeliest
-    plates in three views, or to a plate of two rows. What is no plate then gets no read: "", with
+    plates in four views, or to a plate of two rows. What is no plate then gets no read: "", with
     confidence 0. With top > 1 every image goes through the beam search."""
     size = network.config["size"]
     alphabet = network.config["alphabet"]
@@ -107,49 +99,43 @@ def read_batch(sources, network, precision, patterns, top, adapt):
         try:
             image = data.open_image(source)
         except data.ImageError as error:
-            errors[k] = str(error)
+            errors[k] = Read("", 0.0, [], str(error))
             continue
         images[k] = data.fit(image, size)
-        # so narrow are two rows, or one in a loose crop
-        if patterns and 1 < image.width / image.height < 1.9:
+        if 1 < image.width / image.height < 1.9:  # so narrow are two rows, or one in a loose crop
             joined[k] = join_rows(image)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
-    pairs = list(zip(texts, model.probabilities(logits, texts, alphabet).tolist()))
+    shares = model.probabilities(logits, texts, alphabet).tolist()
+    reads = [Read(*pair, [pair], "") for pair in zip(texts, shares)]
     threshold = 0.99 if adapt else 0.8  # adaptation needs the candidates
     unsure = [
         k
-        for k, (text, probability) in enumerate(pairs)
-        if patterns and not (probability > threshold and model.is_plate(text, patterns))
+        for k, read in enumerate(reads)
+        if patterns and not (read.confidence > threshold and model.is_plate(read.plate, patterns))
     ]
-    tilted = {}  # (T, 2, C) of each unsure image
-    if unsure:
-        of_all = model.predict_logits(network, more_views(images[unsure]), precision)
-        tilted = dict(zip(unsure, of_all.split(2, 1)))
-    reads = []
-    for k, pair in enumerate(pairs):
-        if k in errors:
-            reads.append(Read("", 0.0, [], errors[k]))
-            continue
-        answers = [pair]
-        if top > 1 or k in tilted:
-            strings = model.beam_search(logits[:, k].log_softmax(1), alphabet, patterns)
-            if adapt:  # the search drops most provinces of a blurred plate
-                likely = [plate for plate in strings[:3] if plate[0] in data.PROVINCES]
-                others = [char + plate[1:] for plate in likely for char in data.PROVINCES]
-                strings = list(dict.fromkeys(strings + others))
-            views = logits[:, [k]]  # (T, 1, C)
-            if k in tilted:
-                views = torch.cat((views, tilted[k]), 1)  # (T, 3, C)
-            answers = model.candidates(views, strings, alphabet)[:40] if strings else []
-        reads.append(Read(*(answers or [("", 0.0)])[0], answers, ""))
-    both = [k for k in unsure if k in joined]
-    if both:
-        as_one_row = [joined[k] for k in both]
-        others = read_batch(as_one_row, network, precision, patterns, top, adapt)
-        for k, other in zip(both, others):
-            reads[k] = max(reads[k], other, key=lambda read: read.confidence)
-    return reads
+    views = [[view] for view in logits.unbind(1)]  # of each image, (T, C) each
+    for scale, degrees in VIEWS if unsure else ():
+        shear = [0.0, degrees]
+        seen = affine(images[unsure], 0.0, [0, 0], scale, shear, InterpolationMode.BILINEAR)
+        for k, view in zip(unsure, model.predict_logits(network, seen, precision).unbind(1)):
+            views[k].append(view)
+    for k in range(len(sources)) if top > 1 else unsure:
+        strings = []
+        for view in views[k]:
+            strings += model.beam_search(view.log_softmax(1), alphabet, patterns)
+        if adapt:  # the search drops most provinces of a blurred plate
+            likely = [plate for plate in strings[:3] if plate[0] in data.PROVINCES]
+            strings += [char + plate[1:] for plate in likely for char in data.PROVINCES]
+        strings = list(dict.fromkeys(strings))
+        answers = model.candidates(torch.stack(views[k], 1), strings, alphabet) if strings else []
+        reads[k] = Read(*(answers or [("", 0.0)])[0], answers[:40], "")
+    for k, rows in joined.items():
+        if k in unsure:
+            (other,) = read_batch([rows], network, precision, patterns, top, adapt)
+            if other.confidence > reads[k].confidence:
+                reads[k] = other
+    return [errors.get(k, read) for k, read in enumerate(reads)]
 
 
 def count_plates(reads):
@@ -174,6 +160,7 @@ def adapt_to_place(reads):
     With fewer than five plates nobody can tell what is common: these reads stay as they are."""
     reads = list(reads)
     if count_plates(reads) < 5:
+        print("note: --adapt needs five plates; these are read without it", file=sys.stderr)
         return reads
     adapted = reads
     for _ in range(8):
@@ -207,11 +194,23 @@ def adapt_to_place(reads):
     return adapted
 
 
-def is_one(sources):
-    """Whether `sources` is one image, and not many."""
-    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
-    is_file = hasattr(sources, "read")
-    return isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3)
+def in_batches(sources, size):
+    """Lists of `size` sources, the last one of what is left. If a source raises an error, as a
+    camera does that was unplugged, those before it come first."""
+    batch = []
+    try:
+        for source in sources:
+            # a camera may fill its array, or its picture, again
+            batch.append(source.copy() if hasattr(source, "copy") else source)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
@@ -231,13 +230,14 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(next(network.parameters()).device)
     if precision not in data.PRECISIONS:
         raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
-    sources = [sources] if is_one(sources) else data.with_progress(sources)
-    # a camera may fill its array, or its picture, again
-    images = (source.copy() if hasattr(source, "copy") else source for source in sources)
-    size = model.images_at_once(network)
-    batches = iter(lambda: list(itertools.islice(images, size)), [])
-    options = (network, precision, patterns, top, adapt)
-    reads = itertools.chain.from_iterable(data.in_threads(read_batch, batches, *options))
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    is_file = hasattr(sources, "read")
+    if isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3):
+        sources = [sources]  # one image
+    batches = in_batches(data.with_progress(sources), model.images_at_once(network))
+    reads = itertools.chain.from_iterable(
+        data.in_threads(read_batch, batches, network, precision, patterns, top, adapt)
+    )
     reads = adapt_to_place(reads) if adapt else reads
     return (read._replace(alternatives=read.alternatives[:top]) for read in reads)
 
@@ -250,20 +250,22 @@ def find_images(arguments):
     """The image files that paths, folders and patterns name, in the order given: pairs of a path
     and its part below the folder."""
     for argument in arguments:
-        if os.path.isdir(argument):
-            for path in data.list_images(argument):
-                yield path, path.relative_to(argument)
-            continue
         found = [argument]  # one that does not exist is reported when it is read
-        if not os.path.lexists(argument):
+        if not os.path.lexists(argument):  # what exists is itself, whatever its name
             found = sorted(glob.glob(argument, recursive=True)) or found
         for path in found:
-            yield path, Path(path).name
+            if not os.path.isdir(path):
+                yield path, Path(path).name
+                continue
+            for image in data.list_images(path):
+                yield image, image.relative_to(path)
 
 
-def explain(network, paths, out, precision=None, grammar=None):
+def explain(network, paths, out, *options):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it."""
+    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it.
+
+    options: the precision and the grammar of `read`."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
@@ -271,15 +273,15 @@ def explain(network, paths, out, precision=None, grammar=None):
     logits = model.predict_logits(network, image[None])  # (T, 1, C)
     shares, classes = logits[:, 0].softmax(1).max(1)  # (T,) each
     greys = torch.where(classes == model.BLANK, 210, 70)
-    bars = greys.where(torch.linspace(1, 0, 130).view(-1, 1) <= shares, 255)  # (130, T)
+    bars = greys.where(torch.linspace(1, 0, 130)[:, None] <= shares, 255)  # (130, T)
     # each time step stands below the columns it comes from: (3, 130, width)
-    bars = bars.to(torch.uint8).repeat_interleave(28, 1).expand(3, -1, -1)
+    bars = bars.byte().repeat_interleave(28, 1).expand(3, -1, -1)
     width = bars.shape[2]
     names = "-" + network.config["alphabet"]
     line = "".join(names[k] for k in classes)
     # whatever ratio the network's input has, a crop is shown about as wide as plates are
     rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
-    (result,) = read(network, paths[0], precision, grammar, top=4)
+    (result,) = read(network, paths[0], *options, top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
     data.save_image(out, to_pil_image(torch.cat(rows, 1)))
@@ -294,8 +296,8 @@ def export(network, out):
     data.check_output(out, ".pt2")
     facts = json.dumps(network.config | {"blank": model.BLANK})
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
-    any_number = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(network, (example,), dynamic_shapes=any_number)
+    shapes = ({0: torch.export.Dim("batch")},)  # any number of images
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"facts.json": facts})
     data.write_file(out, file.getvalue())
@@ -310,7 +312,7 @@ def reading_options(add):
         help="read only plates (default: not for other alphabets)",
     )
     add(
-        "--adapt", action="store_true", help="5 images or more of one place: each helps to read all"
+        "--adapt", action="store_true", help="5 plates or more of one place: each helps to read all"
     )
     data.machine_options(add)
 
@@ -328,8 +330,9 @@ def keep(path, name, result, folder, above):
     if result.confidence < above:
         target = Path(folder, "unsure", name)
         mark = "~"  # a guess, which training leaves out until a person corrects the name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target = target.with_name(f"{target.stem}-{result.plate}{mark}{target.suffix}")
+    os.makedirs(target.parent, exist_ok=True)
+    stem = os.fsdecode(os.fsencode(target.stem)[:200])  # systems take 255 bytes with the rest
+    target = target.with_name(f"{stem}-{result.plate}{mark}{target.suffix}")
     data.write_file(target, Path(path).read_bytes())
 
 
@@ -349,44 +352,49 @@ def main(argv=None):
     add("--export", help="a .pt2: write the network for torch.export.load")
     reading_options(add)
     args = parser.parse_intermixed_args(argv)  # options may stand between the paths
-    first = args.paths[0] if args.paths else ""
-    is_named = ".pth" in Path(first).suffixes or model.is_checkpoint(first)
-    checkpoint = args.paths.pop(0) if is_named else READER
+    checkpoint = READER
+    first, *others = args.paths or [""]
+    if ".pth" in Path(first).suffixes or model.is_checkpoint(first):
+        checkpoint = first
+        args.paths = others
     images = list(find_images(args.paths))
-    paths = [path for path, _ in images]
     if args.export:
         export(load(checkpoint, "cpu"), args.export)
         if not (args.paths or args.explain or args.label):
             return
     if not images:
         raise OSError(f"{' '.join(args.paths) or 'PATH'}: no images there; name some")
-    if args.label:
-        if os.path.lexists(args.label):
-            raise OSError(f"{args.label}: is there already; name a new folder")
-        data.check_output(f"{args.label}.jpg", ".jpg")  # or the work would be done in vain
-        ((name, count),) = Counter(str(name) for _, name in images).most_common(1)
-        if count > 1:
-            raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
+    paths, names = zip(*images)
     network = load(checkpoint, args.device)
-    if args.label and "-" in network.config["alphabet"]:
-        raise OSError("--label: a name would not tell its number from a label with -; drop it")
     if args.explain:
         explain(network, paths, args.explain, args.precision, args.grammar)
-    good = 0
+    if args.label:
+        ((name, count),) = Counter(map(str, names)).most_common(1)
+        if count > 1:
+            raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
+        if "-" in network.config["alphabet"]:
+            raise OSError("--label: a name would not tell its number from a label with -; drop it")
+        try:
+            os.makedirs(args.label)  # now, or the work would be done in vain
+        except OSError as error:
+            why = error.strerror
+            raise OSError(f"{args.label}: cannot be made ({why}); name a new folder") from None
     confidences = []
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
-    for (path, name), result in zip(images, reads):
+    for path, name, result in zip(paths, names, reads):
         if result.error:
-            print("error:", data.printable(result.error), file=sys.stderr)
+            print(f"error: {data.printable(result.error)}", file=sys.stderr)
             continue
-        good += 1
         confidences.append(result.confidence)
-        cells = [f"{plate}\t{confidence:.4f}" for plate, confidence in result.alternatives]
-        cells += (args.top - len(cells)) * ["\t0.0000"]  # each row has as many columns
-        print(data.printable(path), *cells, sep="\t")
+        row = data.printable(path)
+        for plate, confidence in result.alternatives:
+            row += f"\t{plate}\t{confidence:.4f}"
+        # each row has as many columns
+        print(row + (args.top - len(result.alternatives)) * "\t\t0.0000")
         if args.label:
             keep(path, name, result, args.label, args.above)
     warn_if_no_plates(confidences)
+    good = len(confidences)
     print(f"{good:,} read, {len(paths) - good:,} unreadable", file=sys.stderr)
     if good < len(paths):
         sys.exit(1)

@@ -1696,6 +1696,44 @@ def test_five_reads_of_one_province_correct_one_another(number, plate):
     assert reads[0].plate == plate
 
 
+@cases("number, said", [(4, True), (5, False)])
+def test_too_few_plates_to_adapt_to_are_told(capfd, number, said):
+    predict.adapt_to_place(SHARP[:number])
+    assert ("five plates" in capfd.readouterr().err) == said
+
+
+@cases("at_once", [2, 3, 9])
+def test_what_came_before_a_broken_camera_is_read(crops, watch, at_once):
+    watch(model, "images_at_once", lambda network: at_once)
+
+    def camera():
+        yield from crops[:3]
+        raise ConnectionError("unplugged")
+
+    reads = predict.read(predict.load(), camera())
+    assert len([next(reads) for _ in range(3)]) == 3
+    with pytest.raises(ConnectionError):
+        next(reads)
+
+
+def test_no_images_give_no_reads():
+    assert list(predict.read(predict.load(), [])) == []
+
+
+def test_a_pattern_may_name_folders(run, crops):
+    assert "54 read" in run("predict 'plates/tr*'")
+
+
+def test_label_keeps_folders_and_shortens_names(run, crops):
+    os.makedirs("cams/x")
+    shutil.copy(crops[0], f"cams/x/{'n' * 250}.jpg")
+    shutil.copy(crops[0], "cams/0001.jpg")
+    run("predict cams --label named --above 0")
+    first, second = sorted(str(path.relative_to("named")) for path in Path("named").rglob("*.jpg"))
+    assert first.startswith("0001-")
+    assert second.startswith("x/nnn")
+
+
 def test_label_copies_crops_to_names_that_training_takes(run):
     images = plates.fixed_plates(6, 9, SIZE)[0]
     os.mkdir("mine")
@@ -1815,6 +1853,7 @@ MISTAKES = [
     ("data crop frames crop.jpg/out", "crop.jpg/out", "Not a directory"),
     ("evaluate --data DIR --split xyz", "DIR", "has no folder 'xyz'"),
     ("predict crop.jpg --label DIR", "DIR", "name a new folder"),
+    ("predict crop.jpg --label crop.jpg/x", "crop.jpg/x", "name a new folder"),
     ("predict crop.jpg --adapt --no-grammar", "--adapt", "drop it"),
 ]
 
