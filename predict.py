@@ -377,8 +377,7 @@ def main(argv=None):
         try:
             os.makedirs(args.label)  # now, or the work would be done in vain
         except OSError as error:
-            why = error.strerror
-            raise OSError(f"{args.label}: cannot be made ({why}); name a new folder") from None
+            raise OSError(f"{args.label}: {error.strerror}; name a new folder") from None
     confidences = []
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
     for path, name, result in zip(paths, names, reads):
