@@ -153,8 +153,8 @@ def adapt_to_place(reads):
     of Anhui (皖), and nine of four other provinces, this becomes of an unsure read:
 
         candidate    alone    in that place
-        浙A12345      0.55     0.14
-        皖A12345      0.43     0.86
+        浙A12345      0.55     0.16
+        皖A12345      0.43     0.84
 
     Ten frames of one car are one plate, so that its misread province does not become common.
     With fewer than five plates nobody can tell what is common: these reads stay as they are."""
@@ -182,10 +182,10 @@ def adapt_to_place(reads):
             total = 1.0  # all strings that are no candidates keep their weight
             weights = Counter()
             for text, share in read.alternatives:
-                # as if each province, and each city, had been seen two times before
+                # as if each province, and each city, had been seen five times before
                 in_province = provinces[text[0]]
-                province = (in_province + 2) / (even + 2)
-                city = (cities[text[:2]] + 2) / (in_province / len(data.LETTERS) + 2)
+                province = (in_province + 5) / (even + 5)
+                city = (cities[text[:2]] + 5) / (in_province / len(data.LETTERS) + 5)
                 # more cautious than the full factor: it loses fewer reads and wins as many
                 weights[text] = share * (province * city) ** 0.7
                 total += weights[text] - share
