@@ -1,4 +1,5 @@
-"""How well a checkpoint reads: plate accuracy, character error rate, mean Levenshtein distance.
+"""Lesson 5, evaluate: how well a checkpoint reads, how sure we can be of that, and where it errs:
+plate accuracy, character error rate (CER), mean Levenshtein distance.
 
     python evaluate.py ckpt.pth                      # the test split of the data it learnt from
     python evaluate.py ckpt.pth --data DIR --csv predictions.csv --json metrics.json

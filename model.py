@@ -1,5 +1,5 @@
-"""The CRNN: convolutions read columns of an image, a recurrent layer reads the columns in order,
-and CTC makes text of it.
+"""Lesson 2, model: from a picture to a text. Convolutions read columns of the picture, a recurrent
+layer reads the columns in order, and CTC makes text of it.
 
     network = CRNN(alphabet)                         # 32 x 128 pixels, 32 time steps
     logits = network(images)                         # uint8 (B, 3, 32, 128) to (32, B, C)
@@ -8,6 +8,9 @@ and CTC makes text of it.
 
 B is the number of images, T the number of time steps, C = len(alphabet) + 1 the number of classes.
 Shi, Bai and Yao, 2015 (arXiv:1507.05717) for the network; Graves et al., ICML 2006, for CTC.
+
+The pictures come from data.py (lesson 1); train.py (lesson 3) finds the weights. First come the
+networks, then CTC: its loss, and three ways from logits to text, from quick to careful.
 
 Copy this file into any project; it imports no other of ours.
 """
@@ -175,8 +178,15 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12):
     log_probs: (T, C), float. A beam is a prefix with two probabilities: of all paths that spell
     it and end in a blank, and of those that end in its last character. We need both: after a
     blank an equal character is a new one, after itself it is the same one (Graves, 2006; Hannun,
-    2017, distill.pub/2017/ctc). With `patterns`, prefixes which no plate begins with are dropped.
-    Each step tries the classes that are likely at all."""
+    2017, distill.pub/2017/ctc). Two steps, in each of which blank has .6 and A has .4:
+
+        beam    after one step         after two steps
+                blank   character      blank               character
+        ""      .6      0              .6 * .6 = .36       0
+        "A"     0       .4             .4 * .6 = .24       .4 * .4 + .6 * .4 = .40
+
+    So "A" wins with .64, though the best path is blank twice, with .36. With `patterns`, prefixes
+    which no plate begins with are dropped. Each step tries the classes that are likely at all."""
     beams = {"": (1.0, 0.0)}
     fitting = {"": patterns}  # the patterns of the plates that each prefix begins
     # as shares of the step's best: products of many small numbers would come to 0

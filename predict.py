@@ -1,4 +1,4 @@
-"""Read licence plates from image files.
+"""Lesson 4, predict: read licence plates, and what to do where the best path is wrong.
 
     python predict.py crop.jpg                              # path, plate, confidence, by tabs
     python predict.py ckpt.pth crop.jpg                     # the same with your own checkpoint
@@ -14,6 +14,10 @@ In Python:
     network = load("ckpt.pth")
     for plate, confidence, alternatives, error in read(network, ["crop.jpg", array]):
         print(plate, confidence)
+
+A sure read is greedy. An unsure one is looked at in four views, searched for plates alone, and
+perhaps cut in two rows; --adapt weighs it by the other images of the place. model.py (lesson 2) has
+the search, and evaluate.py (lesson 5) scores what this file reads.
 
 It reads crops of one plate each; a detector comes before it. Without a checkpoint it takes the
 pretrained model in assets, which learnt from drawn plates alone.

@@ -1,4 +1,4 @@
-"""Train a licence-plate reader with CTC loss: on drawn plates, on your crops, or on both.
+"""Lesson 3, train: weights from examples, with CTC loss: drawn plates, your crops, or both.
 
     python train.py                                       # no data: plates are drawn on the fly
     python train.py --data DIR                            # labelled crops, in DIR or DIR/train
@@ -6,6 +6,10 @@
     python train.py --data CCPD2019-dl1 --model notebook  # the baseline: its network and recipe
     python train.py --init assets/reader.pth --data DIR --epochs 4         # fine-tuning
     torchrun --nproc-per-node 8 train.py --data CCPD2019-dl1 --epochs 5    # eight GPUs
+
+train() is one loop in eleven numbered parts. 6 to 8 are the loop of any course: a batch, forward,
+backward and step; the others are what real use adds. data.py (lesson 1) gives the pictures,
+model.py (lesson 2) the network and the loss, evaluate.py (lesson 5) the metrics.
 
 All of a run is in one file, ckpt.pth: the best weights, the arguments, the history, and until
 the run ends what --resume needs. A ckpt.pth of an earlier run is kept as ckpt-1.pth, or the next

@@ -1,4 +1,4 @@
-"""Synthetic Chinese plates: the drawing, and pictures with captions.
+"""Examples without photographs: synthetic Chinese plates, and pictures with captions.
 
     python assets/plates.py show OUT.png [DIR] [--augmented]    # 24 samples of DIR, or drawn ones
     python assets/plates.py render OUT --count 1000             # drawn plates as files
