@@ -149,10 +149,10 @@ def find_processes():
         return 0, 1
     try:
         dist.init_process_group()  # nccl for GPUs, gloo for CPUs
-        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        local_size = int(os.getenv("LOCAL_WORLD_SIZE", 1))
         if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
             torch.set_num_threads(max(1, os.cpu_count() // local_size))
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
     return dist.get_rank(), dist.get_world_size()
 
