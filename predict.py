@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -301,9 +302,11 @@ def export(network, out):
     facts = json.dumps(network.config | {"blank": model.BLANK})
     example = torch.zeros(2, 3, *network.config["size"], dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)  # any number of images
-    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"facts.json": facts})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are in the file all the same
+        program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+        torch.export.save(program, file, extra_files={"facts.json": facts})
     data.write_file(out, file.getvalue())
     print(f"{out}: written")
 

@@ -43,14 +43,7 @@ from assets import plates
 torch.set_num_threads(1)  # networks and batches are too small to share
 cases = pytest.mark.parametrize
 near = pytest.approx
-pytestmark = pytest.mark.filterwarnings(
-    "error",
-    # the camera still writes its JPEG with it
-    "ignore:The image decoding and encoding capabilities",
-    # torch.export, of weights that it puts into the file all the same
-    "ignore:The tensor attributes self.rnn._flat_weights",
-    "ignore:No complete tensor found in the group",
-)
+pytestmark = pytest.mark.filterwarnings("error")
 
 HERE = Path(__file__).resolve().parent
 READER = HERE / "assets/reader.pth"
