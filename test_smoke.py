@@ -2092,6 +2092,7 @@ def test_the_course_runs(monkeypatch):
     names = {}
     for cell in json.loads((HERE / "assets/course.ipynb").read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
+        assert len(source.splitlines()) <= 25, f"split this cell: {source[:60]}"
         blocks = [source]
         if cell["cell_type"] == "markdown":
             blocks = re.findall(r"^```python\n(.*?)^```", source, re.M | re.S)
