@@ -177,7 +177,7 @@ def evaluate(
     chars = "".join(trues)
     char_reads = [read for pair in zip(trues, preds) for read in align(*pair)]
     char_rights = list(map(str.__eq__, chars, char_reads))
-    decoding = "best plate of three views" if predict.plate_patterns(network, grammar) else "greedy"
+    decoding = "best plate of four views" if predict.plate_patterns(network, grammar) else "greedy"
     if adapt and predict.count_plates(reads) >= 5:
         decoding += ", adapted to the location"
     scores = metrics(trues, preds)

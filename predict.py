@@ -50,7 +50,7 @@ READER = Path(__file__).parent / "assets/reader.pth"  # where no checkpoint is n
 
 # What was read from one image.
 # plate: "" if there is an error, or if only plates are read and the image shows none
-# confidence: its probability, in [0, 1]; if unsure, the mean of three views; with adapt, the
+# confidence: its probability, in [0, 1]; if unsure, the mean of four views; with adapt, the
 #     adapted posterior
 # alternatives: [(plate, confidence), ...], the likeliest first: the read itself
 # error: "" unless the image could not be read
