@@ -152,14 +152,15 @@ def adapt_to_place(reads):
     """Reads weighed by how common their provinces and cities are among all the reads of a place.
 
     A network that learnt from all provinces alike gives a posterior under an even prior. Where a
-    camera stands, few provinces are common. EM finds which, without a label: the prior weighs the
-    candidates of each image, and is the mean of these posteriors (label shift; Saerens, Latinne
-    and Decaestecker, 2002). The confidence becomes the adapted posterior. Where 50 plates of 60 are
+    camera stands, few provinces are common. Which, the posteriors of all images together tell,
+    without a label; this prior then weighs the candidates of each image (the first step of the EM
+    of Saerens, Latinne and Decaestecker, 2002: more steps make a weak reader's errors common, and
+    a good one no better). The confidence becomes the adapted posterior. Where 50 plates of 60 are
     of Anhui (皖), and nine of four other provinces, this becomes of an unsure read:
 
         candidate    alone    in that place
         浙A12345      0.55     0.16
-        皖A12345      0.43     0.84
+        皖A12345      0.43     0.83
 
     Ten frames of one car are one plate, so that its misread province does not become common.
     With fewer than five plates nobody can tell what is common: these reads stay as they are."""
@@ -167,35 +168,33 @@ def adapt_to_place(reads):
     if count_plates(reads) < 5:
         print("note: --adapt needs five plates; these are read without it", file=sys.stderr)
         return reads
-    adapted = reads
-    for _ in range(8):
-        # how many reads have a candidate that ends so: among them it counts as one plate
-        frames = Counter()
-        for read in adapted:
-            for text, share in read.alternatives:
-                frames[text[1:]] += share
-        provinces = Counter()
-        cities = Counter()
-        for read in adapted:
-            for text, share in read.alternatives:
-                once = share / max(1, frames[text[1:]])
-                provinces[text[0]] += once
-                cities[text[:2]] += once
-        even = sum(provinces.values()) / len(data.PROVINCES)  # if no province were common
-        adapted = []
-        for read in reads:
-            total = 1.0  # all strings that are no candidates keep their weight
-            weights = Counter()
-            for text, share in read.alternatives:
-                # as if each province, and each city, had been seen five times before
-                in_province = provinces[text[0]]
-                province = (in_province + 5) / (even + 5)
-                city = (cities[text[:2]] + 5) / (in_province / len(data.LETTERS) + 5)
-                # more cautious than the full factor: it loses fewer reads and wins as many
-                weights[text] = share * (province * city) ** 0.7
-                total += weights[text] - share
-            pairs = [(text, weight / total) for text, weight in weights.most_common()]
-            adapted.append(Read(*pairs[0], pairs, "") if pairs else read)
+    # how many reads have a candidate that ends so: among them it counts as one plate
+    frames = Counter()
+    for read in reads:
+        for text, share in read.alternatives:
+            frames[text[1:]] += share
+    provinces = Counter()
+    cities = Counter()
+    for read in reads:
+        for text, share in read.alternatives:
+            once = share / max(1, frames[text[1:]])
+            provinces[text[0]] += once
+            cities[text[:2]] += once
+    even = sum(provinces.values()) / len(data.PROVINCES)  # if no province were common
+    adapted = []
+    for read in reads:
+        total = 1.0  # all strings that are no candidates keep their weight
+        weights = Counter()
+        for text, share in read.alternatives:
+            # as if each province, and each city, had been seen five times before
+            in_province = provinces[text[0]]
+            province = (in_province + 5) / (even + 5)
+            city = (cities[text[:2]] + 5) / (in_province / len(data.LETTERS) + 5)
+            # more cautious than the full factor: it loses fewer reads and wins as many
+            weights[text] = share * (province * city) ** 0.7
+            total += weights[text] - share
+        pairs = [(text, weight / total) for text, weight in weights.most_common()]
+        adapted.append(Read(*pairs[0], pairs, "") if pairs else read)
     return adapted
 
 
