@@ -1042,9 +1042,9 @@ def few(crops):
 @cases(
     "pairs, best",
     [
-        ([(3, 0), (1, 0), (2, 0), (3, 0)], 1),
-        ([(3, 0), (1, 2), (1, 1), (1, 3)], 2),  # as many errors: the loss decides
-        ([(3, 0), (1, 0), (1, 0), (2, 0)], 2),  # all is equal: the later one
+        ([(0, 3), (0, 1), (0, 2), (0, 3)], 1),
+        ([(3, 3), (1, 2), (2, 1), (1, 3)], 2),  # the loss decides, not the errors
+        ([(3, 3), (1, 1), (1, 1), (2, 2)], 2),  # all is equal: the later one
     ],
 )
 def test_the_best_epoch_is_kept(run, few, monkeypatch, scripted, pairs, best):
@@ -1209,7 +1209,7 @@ def test_crops_and_drawn_plates_are_scored_apart(run, crops):
 @cases("enough, best", [(1, 1), (1000, 0)])
 def test_many_crops_held_out_choose_alone(run, crops, monkeypatch, enough, best):
     # crops, drawn plates; then the same after the second epoch
-    answers = iter([(0, 0, 2, 0), (0, 0, 1, 0), (0, 0, 1, 0), (0, 0, 5, 0)])
+    answers = iter([(0, 0, 0, 2), (0, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 5)])
     seen = []
 
     def validate(network, *others):
