@@ -1042,9 +1042,9 @@ def few(crops):
 @cases(
     "pairs, best",
     [
-        ([(0, 3), (0, 1), (0, 2), (0, 3)], 1),
-        ([(3, 3), (1, 2), (2, 1), (1, 3)], 2),  # the loss decides, not the errors
-        ([(3, 3), (1, 1), (1, 1), (2, 2)], 2),  # all is equal: the later one
+        ([(3, 0), (1, 0), (2, 0), (3, 0)], 1),
+        ([(3, 0), (1, 2), (1, 1), (1, 3)], 2),  # as many errors: the loss decides
+        ([(3, 0), (1, 0), (1, 0), (2, 0)], 2),  # all is equal: the later one
     ],
 )
 def test_the_best_epoch_is_kept(run, few, monkeypatch, scripted, pairs, best):
@@ -1207,9 +1207,9 @@ def test_crops_and_drawn_plates_are_scored_apart(run, crops):
 
 
 @cases("enough, best", [(1, 1), (1000, 0)])
-def test_many_crops_held_out_choose_alone(run, crops, monkeypatch, enough, best):
+def test_many_crops_choose_by_errors_and_few_by_the_losses(run, crops, monkeypatch, enough, best):
     # crops, drawn plates; then the same after the second epoch
-    answers = iter([(0, 0, 0, 2), (0, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 5)])
+    answers = iter([(0, 0, 2, 1), (0, 0, 3, 1), (0, 0, 1, 2), (0, 0, 1, 5)])
     seen = []
 
     def validate(network, *others):
