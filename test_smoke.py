@@ -1103,6 +1103,13 @@ def test_resume_refuses_another_run(run, interrupted, change, name):
     assert name in run(f"{FOUR_EPOCHS} --resume {change}", fails=True)
 
 
+def test_resume_refuses_what_cannot_be_compared(run, interrupted):
+    content = torch.load("ckpt.pth", weights_only=True)
+    content["args"]["seed"] = torch.zeros(3)
+    torch.save(content, "ckpt.pth")
+    assert "cannot go on (seed)" in run(f"{FOUR_EPOCHS} --resume", fails=True)
+
+
 @cases("change", ["--lr 1e-4", "--device cpu", f"--precision {HALF}", "--data moved"])
 def test_resume_may_change_what_cures_a_run(run, interrupted, change):
     os.symlink("few", "moved")
@@ -1156,6 +1163,8 @@ def test_a_link_as_out_is_followed(run, few):
         lambda content: content.update(resume=3),
         lambda content: content.update(resume=[{}, {}, {}]),
         lambda content: content.update(history=[{"loss": 1}]),
+        lambda content: content["resume"][1]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda content: content["resume"][1]["state"][0].update(step="1"),
     ],
 )
 def test_a_damaged_run_is_not_resumed(run, interrupted, edit):

@@ -341,7 +341,9 @@ def train(args, config):
     # 5) resume
     best = [math.inf]
     if is_resumed:
-        changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
+        # as text: what a stranger's file holds may raise an error when it is compared
+        before = content["args"]
+        changed = {name for name in vars(args) if str(before.get(name)) != str(vars(args)[name])}
         reason = ", ".join(sorted(changed - MAY_CHANGE))
         if reason or "resume" not in content:
             raise OSError(
@@ -351,6 +353,12 @@ def train(args, config):
         try:
             for part, state in zip(parts, content.pop("resume")):
                 part.load_state_dict(state)
+            for weight, state in optimizer.state.items():
+                step, *means = state.values()
+                # a fused step takes them to lie as the weights do, and writes anywhere otherwise
+                places = {(mean.shape, mean.stride()) for mean in means}
+                if step.shape or places != {(weight.shape, weight.stride())}:
+                    raise ValueError
             best = min(score(row, kinds) for row in content["history"])
         except Exception:  # the parts raise all kinds of errors
             raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
