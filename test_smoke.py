@@ -1842,6 +1842,7 @@ MISTAKES = [
     ("evaluate --data frames", "frames", "no labelled"),
     ("plates show x.png empty", "empty", "no labelled"),
     ("train --alphabet ab", "alphabet", "give --data"),
+    ("train --model notebook --synthetic 1", "alphabet", "give --data"),
     ("train --size 8 131", "--size", "give 16 64"),
     ("train --size 32 28", "--size", "give 16 64"),
     ("train --alphabet empty.txt", "--alphabet", "holds no char"),

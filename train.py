@@ -168,7 +168,7 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
-    can_draw = plates and set(data.NOTEBOOK_ALPHABET) <= set(args.alphabet)
+    can_draw = plates and set(data.ALPHABET) <= set(args.alphabet)
     share = args.synthetic
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
