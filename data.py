@@ -249,7 +249,9 @@ def parse_label(path, alphabet=ALPHABET):
     *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
-        plates = find_plates(last) or find_plates(name)
+        plates = find_plates(last)
+        if not plates and "~" not in last:  # a guess has no label, whatever stands before it
+            plates = find_plates(name)
         if len(plates) == 1:
             plate = "".join(plates.pop())
             text = plate.translate(REPAIR)

@@ -188,6 +188,8 @@ def frames(photographs):
         ("皖AX511H223", ""),
         ("AAX511H", ""),
         ("皖AX511H~", ""),
+        ("01-皖AX511H-粤B12345~", ""),
+        ("皖AX511H-~ (1)", ""),
         ("皖A12345_粤B12345", ""),
         ("皖AX511Hb", "皖AX511H"),  # a small letter behind capitals
         ("京A12345²", "京A12345"),
