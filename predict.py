@@ -31,6 +31,7 @@ import json
 import os
 import sys
 import warnings
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -338,8 +339,10 @@ def keep(path, name, result, folder, above):
         target = Path(folder, "unsure", name)
         mark = "~"  # a guess, which training leaves out until a person corrects the name
     os.makedirs(target.parent, exist_ok=True)
-    stem = os.fsdecode(os.fsencode(target.stem)[:200])  # systems take 255 bytes with the rest
-    target = target.with_name(f"{stem}-{result.plate}{mark}{target.suffix}")
+    stem = os.fsencode(target.stem)
+    if len(stem) > 200:  # systems take 255 bytes with the rest; two that begin alike stay two
+        stem = stem[:190] + b"%08x" % zlib.crc32(stem)
+    target = target.with_name(f"{os.fsdecode(stem)}-{result.plate}{mark}{target.suffix}")
     data.write_file(target, Path(path).read_bytes())
 
 
@@ -379,8 +382,8 @@ def main(argv=None):
         ((name, count),) = Counter(map(str, names)).most_common(1)
         if count > 1:
             raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
-        if "-" in network.config["alphabet"]:
-            raise OSError("--label: a name would not tell its number from a label with -; drop it")
+        if set("-~") & set(network.config["alphabet"]):
+            raise OSError("--label: with - or ~ in the alphabet no name tells a label; drop it")
         try:
             os.makedirs(args.label)  # now, or the work would be done in vain
         except OSError as error:
