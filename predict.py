@@ -24,6 +24,7 @@ pretrained model in assets, which learnt from drawn plates alone.
 """
 
 import argparse
+import contextlib
 import glob
 import io
 import itertools
@@ -206,8 +207,11 @@ def in_batches(sources, size):
     batch = []
     try:
         for source in sources:
-            # a camera may fill its array, or its picture, again
-            batch.append(source.copy() if hasattr(source, "copy") else source)
+            # a camera may fill its array, or its picture, again; what cannot be copied, such as
+            # a broken picture that is not decoded yet, is reported when it is read
+            with contextlib.suppress(Exception):
+                source = source.copy()
+            batch.append(source)
             if len(batch) == size:
                 yield batch
                 batch = []

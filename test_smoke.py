@@ -1720,6 +1720,13 @@ def test_what_came_before_a_broken_camera_is_read(crops, watch, at_once):
         next(reads)
 
 
+def test_a_broken_picture_is_an_error_of_its_own(crop):
+    broken = Image.open(io.BytesIO(Path("crop.jpg").read_bytes()[:1500]))
+    reads = list(predict.read(predict.load(), ["crop.jpg", broken, "crop.jpg"]))
+    assert [bool(read.plate) for read in reads] == [True, False, True]
+    assert "cannot be read" in reads[1].error
+
+
 def test_no_images_give_no_reads():
     assert list(predict.read(predict.load(), [])) == []
 
