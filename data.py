@@ -359,7 +359,9 @@ OF_THE_FILE = {
 
 def decode(image):
     """A Pillow image as upright RGB, unless it has odd pixels or too many."""
-    if math.prod(image.size) > 89_000_000:  # more than cameras give, but it fills the memory
+    # more than cameras give, but it fills the memory: to make a very long one small takes more
+    # than its pixels
+    if math.prod(image.size) > 89_000_000 or max(image.size) > 65_535:
         raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
     # convert() would clip 16 bits to white, and nobody knows their scale
     if image.mode[0] in "IF" or 0 in image.size:
@@ -380,7 +382,7 @@ def open_image(source):
                 raise ValueError("a folder or a pipe; give image files")
         elif isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
-        elif isinstance(source, np.ndarray):
+        elif isinstance(source, np.ndarray) and source.dtype.itemsize == 1:
             source = Image.fromarray(source)
         elif not isinstance(source, Image.Image) and not hasattr(source, "read"):
             raise ValueError(

@@ -347,6 +347,8 @@ def test_what_is_no_image_is_refused(image):
     "source, words",
     [
         (torch.zeros(3, 4, 4), "tensor"),
+        (HALVES / 255, "uint8 array (H, W, 3)"),
+        (Image.new("1", (65_536, 1)), "65536 x 1 pixels"),
         (".", "a folder"),
         (b"\0\0\0\x18ftypheic", "HEIC"),
         (io.BytesIO(b"no image"), "BytesIO: cannot be read (none of JPEG"),
