@@ -240,7 +240,8 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(next(network.parameters()).device)
     if precision not in data.PRECISIONS:
         raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
-    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    # None is what OpenCV gives for a file that it cannot read
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, type(None))
     is_file = hasattr(sources, "read")
     if isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3):
         sources = [sources]  # one image

@@ -1729,6 +1729,11 @@ def test_a_broken_picture_is_an_error_of_its_own(crop):
     assert "cannot be read" in reads[1].error
 
 
+def test_what_opencv_could_not_read_is_an_error():
+    (read,) = predict.read(predict.load(), None)
+    assert "uint8 array" in read.error
+
+
 def test_no_images_give_no_reads():
     assert list(predict.read(predict.load(), [])) == []
 
