@@ -158,9 +158,11 @@ def check_output(path, suffix, inputs=()):
     """Raise OSError, before any work is done, unless a file `path` can be written.
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
-    path = Path(path).resolve()
-    is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
-    if not is_file or path in map(Path.resolve, map(Path, inputs)):
+    # not Path.resolve, which fails for links in a ring
+    path = Path(os.path.realpath(path))
+    is_free = path.is_file() or not os.path.lexists(path)  # no folder, device, or such a link
+    is_good = is_free and path.suffix == suffix and os.access(path.parent, os.W_OK)
+    if not is_good or str(path) in map(os.path.realpath, inputs):
         raise OSError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
@@ -168,7 +170,7 @@ def write_file(path, content):
     """Write bytes, or text as UTF-8, to `path`: all of it or nothing. Raises OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
-    target = Path(path).resolve()  # a link is followed, not replaced
+    target = Path(os.path.realpath(path))  # a link is followed, not replaced
     if target.exists() and not target.is_file():
         raise OSError(f"{path}: cannot be written (a folder or a device)")
     partial = target.with_name(f".{uuid.uuid4().hex}.part")

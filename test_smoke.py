@@ -1821,6 +1821,8 @@ def trouble(crops, crop, frames):
     content = torch.load(READER, weights_only=True)
     torch.save(content | {"model": {"x": torch.zeros(3)}}, "misfit.pth")
     os.mkfifo("pipe.jpg")
+    os.mkfifo("pipe.csv")
+    os.symlink("ring.json", "ring.json")
     for name in ("empty", "bad", "DIR/train", "DIR/test"):
         os.makedirs(name)
     for name in ("zero.jpg", "empty.txt", "bad/1-皖A00000.jpg", "bad/2-皖A00001.jpg"):
@@ -1843,6 +1845,8 @@ MISTAKES = [
     ("predict crop.png --explain crop.png", "crop.png", "name a new file"),
     ("evaluate --csv half.pth", "half.pth", "name a new file"),
     ("evaluate --json no/x.json", "no/x.json", "name a new file"),
+    ("evaluate --csv pipe.csv", "pipe.csv", "name a new file"),
+    ("evaluate --json ring.json", "ring.json", "name a new file"),
     ("train --out empty", "empty", "name a new file"),
     ("predict --top 0", "--top", "give a number"),
     ("predict --above 2", "--above", "give a number"),
