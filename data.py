@@ -191,11 +191,19 @@ def save_image(path, image):
     write_file(path, file.getvalue())
 
 
+def not_empty(text):
+    """An argparse type: a text. An empty one is mostly a variable of the shell that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a name, or drop it")
+    return text
+
+
 def make_parser(text):
     """A parser of a script's options, and what adds one; `text` tells what the script does."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.register("type", None, not_empty)  # of all options that name no other
     return parser, parser.add_argument
 
 
