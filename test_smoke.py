@@ -1522,7 +1522,7 @@ def test_the_number_of_images_left_out_is_said(run, wrong):
     assert "left out     2" in page_of("out")
 
 
-@cases("name", ["=1", "+1", "-1", "@1", "\t1", "\r1"])
+@cases("name", ["=1", "+1", "-1", "@1", "\t1", "\r1", "＝1", "＠1"])
 def test_a_name_is_no_formula_in_the_table(run, crop, name):
     os.mkdir("odd")
     shutil.copy("crop.jpg", f"odd/{name} 皖A00000.jpg")
