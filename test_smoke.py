@@ -1195,6 +1195,7 @@ def test_a_run_keeps_its_precision(run, few, scripted, watch):
         {"RANK": "1"},
         {"WORLD_SIZE": "0"},
         {"WORLD_SIZE": "-1"},
+        {"RANK": "0", "WORLD_SIZE": "9" * 20, "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"},
         {"WORLD_SIZE": ""},
         {"WORLD_SIZE": "abc"},
         {"WORLD_SIZE": "2"},

@@ -152,8 +152,9 @@ def find_processes():
         local_size = int(os.getenv("LOCAL_WORLD_SIZE", 1))
         if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
             torch.set_num_threads(max(1, os.cpu_count() // local_size))
-    except (ValueError, RuntimeError) as error:
-        raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
+    except Exception as error:  # torch raises all kinds
+        reason = str(error).split("\n")[0]
+        raise OSError(f"RANK, WORLD_SIZE: {reason}; start with torchrun, or unset both") from None
     return dist.get_rank(), dist.get_world_size()
 
 
