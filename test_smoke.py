@@ -1168,6 +1168,7 @@ def test_a_link_as_out_is_followed(run, few):
     [
         lambda content: content.update(resume=3),
         lambda content: content.update(resume=[{}, {}, {}]),
+        lambda content: content.update(resume=[]),
         lambda content: content.update(history=[{"loss": 1}]),
         lambda content: content["resume"][1]["state"][0].update(exp_avg=torch.zeros(3)),
         lambda content: content["resume"][1]["state"][0].update(step="1"),

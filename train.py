@@ -352,8 +352,11 @@ def train(args, config):
                 f"with, or start a run from its weights with --init {args.out}"
             )
         try:
-            for part, state in zip(parts, content.pop("resume")):
-                part.load_state_dict(state)
+            states = content.pop("resume")
+            groups = optimizer.param_groups  # the options, which are the same
+            for k, part in enumerate(parts):
+                part.load_state_dict(states[k])
+            optimizer.param_groups = groups
             for weight, state in optimizer.state.items():
                 step, *means = state.values()
                 # a fused step takes them to lie as the weights do, and writes anywhere otherwise
