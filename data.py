@@ -158,9 +158,11 @@ def check_output(path, suffix, inputs=()):
     """Raise OSError, before any work is done, unless a file `path` can be written.
 
     It must end in `suffix` and be none of `inputs`, so that no photograph is written over."""
-    path = Path(path).resolve()
-    is_file = path.suffix == suffix and os.access(path.parent, os.W_OK) and not path.is_dir()
-    if not is_file or path in map(Path.resolve, map(Path, inputs)):
+    # not Path.resolve, which fails for links in a ring
+    path = Path(os.path.realpath(path))
+    is_free = path.is_file() or not os.path.lexists(path)  # no folder, device, or such a link
+    is_good = is_free and path.suffix == suffix and os.access(path.parent, os.W_OK)
+    if not is_good or str(path) in map(os.path.realpath, inputs):
         raise OSError(f"{path}: cannot be written; name a new file{suffix} in a folder of yours")
 
 
@@ -168,7 +170,7 @@ def write_file(path, content):
     """Write bytes, or text as UTF-8, to `path`: all of it or nothing. Raises OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
-    target = Path(path).resolve()  # a link is followed, not replaced
+    target = Path(os.path.realpath(path))  # a link is followed, not replaced
     if target.exists() and not target.is_file():
         raise OSError(f"{path}: cannot be written (a folder or a device)")
     partial = target.with_name(f".{uuid.uuid4().hex}.part")
@@ -189,11 +191,19 @@ def save_image(path, image):
     write_file(path, file.getvalue())
 
 
+def not_empty(text):
+    """An argparse type: a text. An empty one is mostly a variable of the shell that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a name, or drop it")
+    return text
+
+
 def make_parser(text):
     """A parser of a script's options, and what adds one; `text` tells what the script does."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.register("type", None, not_empty)  # of all options that name no other
     return parser, parser.add_argument
 
 
@@ -249,7 +259,9 @@ def parse_label(path, alphabet=ALPHABET):
     *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
-        plates = find_plates(last) or find_plates(name)
+        plates = find_plates(last)
+        if not plates and "~" not in last:  # a guess has no label, whatever stands before it
+            plates = find_plates(name)
         if len(plates) == 1:
             plate = "".join(plates.pop())
             text = plate.translate(REPAIR)
@@ -357,7 +369,9 @@ OF_THE_FILE = {
 
 def decode(image):
     """A Pillow image as upright RGB, unless it has odd pixels or too many."""
-    if math.prod(image.size) > 89_000_000:  # more than cameras give, but it fills the memory
+    # more than cameras give, but it fills the memory: to make a very long one small takes more
+    # than its pixels
+    if math.prod(image.size) > 89_000_000 or max(image.size) > 65_535:
         raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
     # convert() would clip 16 bits to white, and nobody knows their scale
     if image.mode[0] in "IF" or 0 in image.size:
@@ -378,7 +392,7 @@ def open_image(source):
                 raise ValueError("a folder or a pipe; give image files")
         elif isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
-        elif isinstance(source, np.ndarray):
+        elif isinstance(source, np.ndarray) and source.dtype.itemsize == 1:
             source = Image.fromarray(source)
         elif not isinstance(source, Image.Image) and not hasattr(source, "read"):
             raise ValueError(

@@ -236,6 +236,10 @@ def describe(scores):
     return text
 
 
+# of full width as well, which spreadsheets in East Asia take for the plain ones
+FORMULAS = "=+-@\t\r＝＋－＠"
+
+
 def write_table(path, results):
     """Write a CSV file: filename, true, pred, confidence, same.
 
@@ -245,7 +249,7 @@ def write_table(path, results):
     file.write("\ufefffilename,true,pred,confidence,same\r\n")
     table = csv.writer(file)
     for name, true, _, pred, confidence in results:
-        cells = [f"'{x}" if x.startswith(tuple("=+-@\t\r")) else x for x in (name, true, pred)]
+        cells = [f"'{x}" if x.startswith(tuple(FORMULAS)) else x for x in (name, true, pred)]
         table.writerow([*cells, f"{confidence:.6f}", true == pred])
     data.write_file(path, file.getvalue())
 

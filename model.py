@@ -342,12 +342,14 @@ def load_checkpoint(path, device="cpu"):
         ) from None
     other = f"{path}: made by another model.py, or not by train.py;"
     try:
-        weights = dict(content["model"])
+        weights = content["model"] = dict(content["model"])
         config = content["config"]
         args = content["args"]
         numbers = list(args["labels"])
         for row in content["history"]:
             numbers += row.values()
+            if len(numbers) > unpacked:  # a file can name one row of many numbers many times
+                raise ValueError
         if not (
             is_config(**config)
             and isinstance(args["data"], (str, type(None)))
@@ -356,7 +358,7 @@ def load_checkpoint(path, device="cpu"):
             raise TypeError
     except KeyError as error:
         raise OSError(f"{other} it lacks {error}") from None
-    except (TypeError, ValueError, AttributeError):
+    except Exception:  # strangers' types raise all kinds of errors
         raise OSError(f"{other} its config, args or history does not fit") from None
     with torch.device("meta"):  # shapes without memory
         places = build_network(**config).state_dict()

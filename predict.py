@@ -24,6 +24,7 @@ pretrained model in assets, which learnt from drawn plates alone.
 """
 
 import argparse
+import contextlib
 import glob
 import io
 import itertools
@@ -31,6 +32,7 @@ import json
 import os
 import sys
 import warnings
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -204,8 +206,11 @@ def in_batches(sources, size):
     batch = []
     try:
         for source in sources:
-            # a camera may fill its array, or its picture, again
-            batch.append(source.copy() if hasattr(source, "copy") else source)
+            # a camera may fill its array, or its picture, again; what cannot be copied, such as
+            # a broken picture that is not decoded yet, is reported when it is read
+            with contextlib.suppress(Exception):
+                source = source.copy()
+            batch.append(source)
             if len(batch) == size:
                 yield batch
                 batch = []
@@ -234,7 +239,8 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(next(network.parameters()).device)
     if precision not in data.PRECISIONS:
         raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
-    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    # None is what OpenCV gives for a file that it cannot read
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, type(None))
     is_file = hasattr(sources, "read")
     if isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3):
         sources = [sources]  # one image
@@ -337,8 +343,10 @@ def keep(path, name, result, folder, above):
         target = Path(folder, "unsure", name)
         mark = "~"  # a guess, which training leaves out until a person corrects the name
     os.makedirs(target.parent, exist_ok=True)
-    stem = os.fsdecode(os.fsencode(target.stem)[:200])  # systems take 255 bytes with the rest
-    target = target.with_name(f"{stem}-{result.plate}{mark}{target.suffix}")
+    stem = os.fsencode(target.stem)
+    if len(stem) > 200:  # systems take 255 bytes with the rest; two that begin alike stay two
+        stem = stem[:190] + b"%08x" % zlib.crc32(stem)
+    target = target.with_name(f"{os.fsdecode(stem)}-{result.plate}{mark}{target.suffix}")
     data.write_file(target, Path(path).read_bytes())
 
 
@@ -378,8 +386,8 @@ def main(argv=None):
         ((name, count),) = Counter(map(str, names)).most_common(1)
         if count > 1:
             raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
-        if "-" in network.config["alphabet"]:
-            raise OSError("--label: a name would not tell its number from a label with -; drop it")
+        if set("-~") & set(network.config["alphabet"]):
+            raise OSError("--label: with - or ~ in the alphabet no name tells a label; drop it")
         try:
             os.makedirs(args.label)  # now, or the work would be done in vain
         except OSError as error:

@@ -152,8 +152,9 @@ def find_processes():
         local_size = int(os.getenv("LOCAL_WORLD_SIZE", 1))
         if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
             torch.set_num_threads(max(1, os.cpu_count() // local_size))
-    except (ValueError, RuntimeError) as error:
-        raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
+    except Exception as error:  # torch raises all kinds
+        reason = str(error).split("\n")[0]
+        raise OSError(f"RANK, WORLD_SIZE: {reason}; start with torchrun, or unset both") from None
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -168,7 +169,7 @@ def learning_rate(step, steps, args):
 
 def synthetic_share(num_crops, args):
     """The share of a batch that is drawn, if there are `num_crops` crops to learn from."""
-    can_draw = plates and set(data.NOTEBOOK_ALPHABET) <= set(args.alphabet)
+    can_draw = plates and set(data.ALPHABET) <= set(args.alphabet)
     share = args.synthetic
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
@@ -343,7 +344,9 @@ def train(args, config):
     # 5) resume
     best = [math.inf]
     if is_resumed:
-        changed = {name for name in vars(args) if content["args"].get(name) != vars(args)[name]}
+        # as text: what a stranger's file holds may raise an error when it is compared
+        before = content["args"]
+        changed = {name for name in vars(args) if str(before.get(name)) != str(vars(args)[name])}
         reason = ", ".join(sorted(changed - MAY_CHANGE))
         if reason or "resume" not in content:
             raise OSError(
@@ -351,8 +354,17 @@ def train(args, config):
                 f"with, or start a run from its weights with --init {args.out}"
             )
         try:
-            for part, state in zip(parts, content.pop("resume")):
-                part.load_state_dict(state)
+            states = content.pop("resume")
+            groups = optimizer.param_groups  # the options, which are the same
+            for k, part in enumerate(parts):
+                part.load_state_dict(states[k])
+            optimizer.param_groups = groups
+            for weight, state in optimizer.state.items():
+                step, *means = state.values()
+                # a fused step takes them to lie as the weights do, and writes anywhere otherwise
+                places = {(mean.shape, mean.stride()) for mean in means}
+                if step.shape or places != {(weight.shape, weight.stride())}:
+                    raise ValueError
             best = min(score(row, kinds) for row in content["history"])
         except Exception:  # the parts raise all kinds of errors
             raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
