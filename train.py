@@ -215,9 +215,8 @@ def validate(network, images, texts, precision):
 
 
 def score(row, kinds):
-    """What the best epoch has least of: the Levenshtein distance, then the loss. Of few crops beside
-    drawn plates the sum of both losses: a good reader makes no errors there, so they tell little.
-    """
+    """What the best epoch has least of: the Levenshtein distance, then the loss. Of few crops and
+    drawn plates together the losses alone: a good reader makes too few errors there to tell."""
     sums = [sum(row[name] for name in names) for names in zip(*kinds)]
     return sums[2:] if len(kinds) == 1 else sums[3:]
 
