@@ -9,7 +9,7 @@ ctc.png       how it reads one of them
 kinds.png     one plate of each kind, as drawn: two rows stand side by side
 
 Two runs of train.py make it, on drawn plates alone: `python train.py --epochs 48`, and 48 epochs
-more from its weights, with half the learning rate and other plates. Together that took MINUTES
+more from its weights, with half the learning rate and other plates. Together that took 169
 minutes on one busy core with AMX. Stopped, the same command goes on where it was.
 """
 
