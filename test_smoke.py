@@ -76,7 +76,7 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "EPOCH_IMAGES", 60)
     monkeypatch.setattr(plates, "VALIDATION", (20, "validation"))
-    monkeypatch.setattr(plates, "TEST", (100, "test"))
+    monkeypatch.setattr("assets.plates.TEST", (100, "test"))
 
 
 @pytest.fixture
@@ -2065,9 +2065,8 @@ def test_the_commands_of_the_readme_are_found():
 
 
 @pytest.fixture
-def user(rendered, crop, frames, monkeypatch):
-    """A folder with all that the commands name, and fewer drawn plates to score."""
-    monkeypatch.setattr(plates, "TEST", (100, "test"))
+def user(rendered, crop, frames):
+    """A folder with all that the commands name."""
     shutil.copy(READER, "ckpt.pth")
     os.symlink(HERE / "assets", "assets")
     for number, path in enumerate(sorted(Path(rendered).rglob("*.jpg"))):
