@@ -305,7 +305,9 @@ SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|eval(uation)?", re.I
 def split_folder(root, split):
     """The folder `split` in `root`, or for "train" and "test" `root` itself if it has no splits.
 
-    Raises OSError if it is not clear which."""
+    Raises OSError if it is not clear which, or `root` is no folder."""
+    if not os.path.isdir(root):
+        raise OSError(f"{root}: cannot be listed; give a folder of crops")
     _, folders, files = next(os.walk(root), (root, [], []))
     chosen = [name for name in folders if name.lower() == split]
     if len(chosen) == 1:

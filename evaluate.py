@@ -130,8 +130,6 @@ def choose_images(root, split, content):
         images, texts = plates.fixed_plates(*plates.TEST, content["config"]["size"])
         arrays = images.permute(0, 2, 3, 1).numpy()
         return list(zip(texts, texts, arrays)), "drawn plates", len(texts)
-    if not os.path.isdir(root):
-        raise OSError(f"--data {root!r}: cannot be listed; give a folder of crops")
     folder = data.split_folder(root, split)
     labelled = data.label_images(folder, content["config"]["alphabet"])
     crops = [(str(path.relative_to(root)), text, path) for path, text, _ in labelled if text]
@@ -178,7 +176,7 @@ def evaluate(
     char_reads = [read for pair in zip(trues, preds) for read in align(*pair)]
     char_rights = list(map(str.__eq__, chars, char_reads))
     decoding = "best plate of four views" if predict.plate_patterns(network, grammar) else "greedy"
-    if adapt and predict.count_plates(reads) >= 5:
+    if adapt and predict.can_adapt(reads):
         decoding += ", adapted to the location"
     scores = metrics(trues, preds)
     return scores | {

@@ -109,7 +109,8 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             errors[k] = Read("", 0.0, [], str(error))
             continue
         images[k] = data.fit(image, size)
-        if 1 < image.width / image.height < 1.9:  # so narrow are two rows, or one in a loose crop
+        # so narrow are two rows, or one in a loose crop
+        if patterns and 1 < image.width / image.height < 1.9:
             joined[k] = join_rows(image)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
@@ -145,9 +146,9 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     return [errors.get(k, read) for k, read in enumerate(reads)]
 
 
-def count_plates(reads):
-    """How many plates there are among reads. Those that differ in the province alone are one."""
-    return len({read.plate[1:] for read in reads if read.plate})
+def can_adapt(reads):
+    """Whether reads are of five plates or more. Those that differ in the province alone are one."""
+    return len({read.plate[1:] for read in reads if read.plate}) >= 5
 
 
 def adapt_to_place(reads):
@@ -167,7 +168,7 @@ def adapt_to_place(reads):
     Ten frames of one car are one plate, so that its misread province does not become common.
     With fewer than five plates nobody can tell what is common: these reads stay as they are."""
     reads = list(reads)
-    if count_plates(reads) < 5:
+    if not can_adapt(reads):
         print("note: --adapt needs five plates; these are read without it", file=sys.stderr)
         return reads
     # how many reads have a candidate that ends so: among them it counts as one plate

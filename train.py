@@ -135,9 +135,7 @@ def parse_arguments(argv):
         raise OSError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
     if not model.is_config(**config):
         raise OSError(f"--size {args.size}: give 16 64 to 512 2048, and no / in --alphabet")
-    if args.data is not None:
-        if not os.path.isdir(args.data):
-            raise OSError(f"--data {args.data!r}: cannot be listed; give a folder of crops")
+    if args.data:
         args.data = os.path.realpath(args.data)  # evaluation may run in another folder
     return args, config
 

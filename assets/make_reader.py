@@ -51,7 +51,7 @@ def make_reader():
     history = []
     start = []
     for path, options in zip(paths, RUNS):
-        while not path.exists() or "resume" in model.load_checkpoint(path)[1]:
+        if not path.exists() or "resume" in model.load_checkpoint(path)[1]:
             train.main([*options, *start, "--out", str(path), "--resume"])
         content = model.load_checkpoint(path)[1]
         history += content["history"]
