@@ -13,7 +13,6 @@ Copy this file into any project; it imports no other of ours.
 import argparse
 import contextlib
 import errno
-import fnmatch
 import functools
 import io
 import itertools
@@ -23,7 +22,6 @@ import os
 import random
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -124,15 +122,17 @@ def between(kind, low, high):
 
 
 def printable(path):
-    """A path for one line of a terminal: control characters are escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
+    """A path for one line of a terminal: each control character is a question mark."""
+    return "".join(char if char.isprintable() else "?" for char in str(path))
 
 
-def warn(why, paths, most=5):
-    """Warn of `paths`, if there are any, naming the first ones: `most` of them, or all if None."""
+def warn(why, paths):
+    """Warn of `paths`, if there are any, naming the first five, or all where stderr is stdout: in
+    the audit, whose answer the warnings are."""
     if paths:
         text = f"warning: {len(paths):,} {why}"
-        print(text, *map(printable, paths[:most]), sep="\n    ", file=sys.stderr)
+        named = paths if sys.stderr is sys.stdout else paths[:5]
+        print(text, *map(printable, named), sep="\n    ", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -144,14 +144,11 @@ def one_sentence():
     try:
         yield
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)  # what came after this line was not done
+        os._exit(1)  # at once: Python's own way out would print there again
     except OSError as error:
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; train with a smaller --batch-size or --size")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def check_output(path, suffix, inputs=()):
@@ -167,12 +164,12 @@ def check_output(path, suffix, inputs=()):
 
 
 def write_file(path, content):
-    """Write bytes, or text as UTF-8, to `path`: all of it or nothing. Raises OSError."""
+    """Write bytes, or text as UTF-8, to `path`: all of it or nothing. Folders on the way are made.
+    Raises OSError."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     target = Path(os.path.realpath(path))  # a link is followed, not replaced
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path}: cannot be written (a folder or a device)")
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         partial.write_bytes(content)
@@ -180,8 +177,7 @@ def write_file(path, content):
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def save_image(path, image):
@@ -255,17 +251,16 @@ def parse_label(path, alphabet=ALPHABET):
     the whole name. Plates hold no O and no I, so these are read as 0 and 1. With any other
     alphabet: what stands behind the last "-", or the whole name if "-" is one of its characters.
     The remark says what was odd, in words for many files; mostly it is empty."""
-    name = normalise(os.path.splitext(os.path.basename(path))[0])
+    name = normalise(Path(path).stem)
     *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
-        plates = find_plates(last)
-        if not plates and "~" not in last:  # a guess has no label, whatever stands before it
-            plates = find_plates(name)
-        if len(plates) == 1:
+        plates = find_plates(last) or find_plates(name)
+        # a guess has no label, whatever stands before it
+        if len(plates) == 1 and "~" not in last:
             plate = "".join(plates.pop())
             text = plate.translate(REPAIR)
-            if set(text) <= set(alphabet):  # that of an older reader has less
+            if all(map(alphabet.__contains__, text)):  # that of an older reader has less
                 odd = "" if STANDARD.fullmatch(text) else NO_PATTERN
                 return text, REPAIRED if text != plate else odd
     elif last and set(last) <= set(alphabet):
@@ -279,22 +274,26 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", 
 FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"]
 
 
-def list_images(folder, most=5):
-    """All images below `folder`, sorted, by their names' ends. What begins with a dot is hidden.
+def walk(folder):
+    """Yield the paths of all files below `folder`, but for what begins with a dot. Links to folders
+    are not followed. Raises OSError for a folder that cannot be read, which os.walk passes over."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk(entry.path)
+        else:
+            yield entry.path
 
-    Links to folders are not followed. stderr counts the files passed over; most: see warn. Raises
-    OSError for a folder that cannot be read, which os.walk by itself passes over."""
 
-    def fail(error):
-        raise OSError(f"{error.filename}: cannot be listed; give a folder of images") from None
+def list_images(folder):
+    """All images below `folder`, sorted, by their names' ends. Raises OSError, see walk.
 
-    files = []
-    for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = fnmatch.filter(folders, "[!.]*")  # os.walk goes into these
-        files += [os.path.join(root, name) for name in fnmatch.filter(names, "[!.]*")]
-    images = [path for path in sorted(files) if path.lower().endswith(SUFFIXES)]
+    stderr counts the files passed over."""
+    files = sorted(walk(folder))
+    images = [path for path in files if path.lower().endswith(SUFFIXES)]
     others = sorted({*files} - {*images})
-    warn("files passed over, without a suffix of images", others, most)
+    warn("files passed over, without a suffix of images", others)
     return list(map(Path, images))
 
 
@@ -306,27 +305,26 @@ def split_folder(root, split):
     """The folder `split` in `root`, or for "train" and "test" `root` itself if it has no splits.
 
     Raises OSError if it is not clear which, or `root` is no folder."""
-    if not os.path.isdir(root):
-        raise OSError(f"{root}: cannot be listed; give a folder of crops")
-    _, folders, files = next(os.walk(root), (root, [], []))
-    chosen = [name for name in folders if name.lower() == split]
+    names = sorted(os.listdir(root))
+    chosen = [name for name in names if name.lower() == split]
     if len(chosen) == 1:
-        loose = [name for name in files if name.lower().endswith(SUFFIXES)]
+        loose = [name for name in names if name.lower().endswith(SUFFIXES)]
         warn(f"images passed over, beside the folder {chosen[0]}", loose)
         return Path(root, chosen[0])
-    if any(map(SPLIT.fullmatch, folders)) or split not in ("train", "test"):
-        found = " and ".join(chosen) or "no folder"
-        raise OSError(f"{root}: has {found} {split!r}; have one, or name a folder of crops")
+    if any(map(SPLIT.fullmatch, names)) or split not in ("train", "test"):
+        raise OSError(
+            f"{root}: has {len(chosen)} folders {split!r}; have one, or name a folder of crops"
+        )
     return Path(root)
 
 
-def label_images(folder, alphabet, most=5):
+def label_images(folder, alphabet):
     """All images below `folder` with what parse_label says: [(path, text, remark), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder, most)]
+    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
     for why in sorted({remark for _, _, remark in labelled} - {""}):
-        warn(why, [path for path, _, remark in labelled if remark == why], most)
+        warn(why, [path for path, _, remark in labelled if remark == why])
     return labelled
 
 
@@ -356,63 +354,45 @@ def is_held_out(text, share):
 # Images
 
 
-# The errors of the system that are one file's own: it is absent, locked, a folder, or has a name
-# that cannot be. Pillow's have no number. All others, such as a failing disk's, end the run.
-OF_THE_FILE = {
-    None,
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-}
-
-
-def decode(image):
-    """A Pillow image as upright RGB, unless it has odd pixels or too many."""
-    # more than cameras give, but it fills the memory: to make a very long one small takes more
-    # than its pixels
-    if math.prod(image.size) > 89_000_000 or max(image.size) > 65_535:
-        raise ValueError(f"{image.width} x {image.height} pixels; cut the plate out")
-    # convert() would clip 16 bits to white, and nobody knows their scale
-    if image.mode[0] in "IF" or 0 in image.size:
-        raise ValueError("no pixels, or 16 or 32 bits in each; save it with 8")
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def open_image(source):
     """One image as an upright RGB Pillow image. Raises ImageError, or the system's OSError.
 
     source: a path, an open file or its bytes, a Pillow image, or a uint8 array (H, W, 3) or (H, W).
     An array is RGB; OpenCV's are BGR, so give array[:, :, ::-1]."""
-    name = getattr(source, "name", None) or type(source).__name__
+    name = type(source).__name__
     try:
         if isinstance(source, (str, os.PathLike)):
             name = source
-            if not stat.S_ISREG(os.stat(source).st_mode):  # to open a pipe would wait for ever
-                raise ValueError("a folder or a pipe; give image files")
-        elif isinstance(source, (bytes, bytearray, memoryview)):
+            if not os.path.isfile(source):  # to open a pipe would wait for ever
+                raise ValueError("no such file, or a folder or a pipe")
+            source = Path(source).read_bytes()
+        if isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
-        elif isinstance(source, np.ndarray) and source.dtype.itemsize == 1:
+        if hasattr(source, "read"):
+            source = Image.open(source, formats=FORMATS)
+        elif not isinstance(source, Image.Image):
             source = Image.fromarray(source)
-        elif not isinstance(source, Image.Image) and not hasattr(source, "read"):
+        # larger ones fill the memory; convert() would clip 16 bits to white, and nobody knows
+        # their scale
+        if max(source.size) > 10_000 or 0 in source.size or source.mode[0] in "IF":
             raise ValueError(
-                "no path, bytes, open file, Pillow image or uint8 array (H, W, 3); "
-                "of a tensor give tensor.permute(1, 2, 0).numpy()"
+                f"{source.width} x {source.height} pixels in mode {source.mode}; "
+                "cut the plate out and save it with 8 bits"
             )
-        if isinstance(source, Image.Image):
-            return decode(source)
-        with Image.open(source, formats=FORMATS) as image:
-            return decode(image)
+        return ImageOps.exif_transpose(source).convert("RGB")
     except MemoryError:  # no fault of the image, which has been measured
         raise
     except Exception as error:  # for broken files Pillow raises all kinds
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"none of {', '.join(FORMATS)}; save a HEIC, too, as one of these"
-        kind = ImageError if getattr(error, "errno", None) in OF_THE_FILE else OSError
-        raise kind(f"{name}: cannot be read ({printable(reason)[:150]})") from None
+        reason = error
+        if isinstance(error, (UnidentifiedImageError, AttributeError, TypeError)):
+            reason = (
+                f"none of {', '.join(FORMATS)}, Pillow image or uint8 array (H, W, 3); save a "
+                "HEIC as one of these, and of a tensor give tensor.permute(1, 2, 0).numpy()"
+            )
+        # what the system says of one file; all else, such as of a failing disk, ends the run
+        is_its_own = getattr(error, "errno", None) in (None, errno.ENOENT, errno.EACCES)
+        kind = ImageError if is_its_own else OSError
+        raise kind(f"{name}: cannot be read ({reason})") from None
 
 
 def fit(image, size):
@@ -444,16 +424,17 @@ def with_progress(items):
         yield item
 
 
-def in_threads(function, items, *options, most=5):
+def in_threads(function, items, *options):
     """Yield in order what the function returns for each item and the options. Items for which it
-    raises an ImageError are left out, and stderr names them at the end (most: see warn).
+    raises an ImageError are left out, and stderr names them at the end. Of a list of items stderr
+    tells how far it is.
 
     There are as many workers as torch has threads. Each computes with one, so that none waits for
     another's share. Few items are taken ahead: together they may be more than memory holds."""
 
     def submit():
         try:
-            for item in items:
+            for item in with_progress(items):
                 yield pool.submit(function, item, *options)
         except Exception as error:  # of the items: raised when those before it have been yielded
             broken = Future()
@@ -474,7 +455,30 @@ def in_threads(function, items, *options, most=5):
                 waiting.extend(itertools.islice(futures, 1))
     finally:
         torch.set_num_threads(threads)  # or threads that start later would have one core too
-    warn("files left out", errors, most)
+    warn("files left out", errors)
+
+
+def join_rows(image):
+    """A plate of two rows as a plate of one: the upper part of a Pillow image beside the lower one,
+    a Pillow image of 280 x 80 pixels.
+
+    Each is as wide as its share of the seven characters. Above stand the province and a letter,
+    with free space on both sides. No crop is exact: both parts hold what lies between the rows."""
+    width, height = image.size
+    upper = image.resize((80, 80), box=(0.2 * width, 0, 0.8 * width, 0.42 * height))
+    lower = image.resize((200, 80), box=(0, 0.34 * height, width, height))
+    return Image.fromarray(np.hstack((upper, lower)))
+
+
+def load_crop(crop, size):
+    """One of the crops of load_crops. Those of two rows are joined, see join_rows."""
+    path, text = crop
+    image = open_image(path)
+    # so narrow were 7 of 1,200 crops of one row; in reading, where the label is not known, both
+    # ways are tried for wider ones, too
+    if text[0] in PROVINCES and len(text) == 7 and 1 < image.width / image.height < 1.5:
+        image = join_rows(image)
+    return fit(image, size), text
 
 
 def load_crops(crops, size):
@@ -489,8 +493,7 @@ def load_crops(crops, size):
     # On disk, so that there may be more than memory holds: the system caches what fits. The file
     # has no name, the map stays valid after it is closed, and it is gone when the process ends.
     with tempfile.TemporaryFile() as file:
-        waiting = with_progress(crops)
-        for image, text in in_threads(lambda crop: (load_image(crop[0], size), crop[1]), waiting):
+        for image, text in in_threads(load_crop, crops, size):
             file.write(image.numpy().tobytes())
             texts.append(text)
         if not texts:
@@ -676,8 +679,10 @@ def camera(images, size, extent=(1.0, 1.0)):
     extent: the share of the picture's width and height that the plate takes."""
     images = to_dtype(images, scale=True)
     with lying_on(images.device):
-        # images that share a lens: so few fit into a CPU's cache
-        return torch.cat([photograph(some, size, extent) for some in images.split(16)])
+        # images that share a lens: so few fit into a CPU's cache; large batches are of a GPU, for
+        # which a few large handfuls are less work than many
+        handfuls = images.split(max(16, len(images) // 4))
+        return torch.cat([photograph(some, size, extent) for some in handfuls])
 
 
 # ---------------------------------------------------------------------------------------
@@ -689,9 +694,9 @@ def audit(folder, alphabet=ALPHABET):
 
     Returns whether every name holds a label and every image can be read."""
     with contextlib.redirect_stderr(sys.stdout):  # here the warnings are the answer
-        labelled = label_images(folder, alphabet, most=None)
-        paths = with_progress([path for path, _, _ in labelled])
-        sizes = list(in_threads(lambda path: open_image(path).size, paths, most=None))
+        labelled = label_images(folder, alphabet)
+        paths = [path for path, _, _ in labelled]
+        sizes = list(in_threads(lambda path: open_image(path).size, paths))
         texts = [text for _, text, _ in labelled]
         counts = Counter("".join(texts))
         splits = defaultdict(list)
@@ -703,15 +708,15 @@ def audit(folder, alphabet=ALPHABET):
         print("characters", {char: counts[char] for char in alphabet})  # 0 for those never seen
         print("least, median, largest size", *np.quantile(sizes or [(0, 0)], (0, 0.5, 1), axis=0))
         both = {*splits["train"]} & {*splits["test"]} - {""}
-        warn("plates in train and test", sorted(both), None)
+        warn("plates in train and test", sorted(both))
     return all(texts) and len(sizes) == len(texts) > 0
 
 
 # ---------------------------------------------------------------------------------------
 # Crops from the whole photographs of CCPD (github.com/detectRecog/CCPD)
 
-CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学O"
-CCPD_TABLES = [CCPD_PROVINCES, LETTERS + "O"] + 6 * [LETTERS + DIGITS + "O"]  # O: no character
+CCPD_PROVINCES = "皖沪津渝冀晋蒙辽吉黑苏浙京闽赣鲁豫鄂湘粤桂琼川贵云藏陕甘青宁新警学无"
+CCPD_TABLES = [CCPD_PROVINCES, LETTERS + "无"] + 6 * [LETTERS + DIGITS + "无"]  # 无: no character
 
 
 def cut_frame(path, frames, out, rectify):
@@ -719,26 +724,25 @@ def cut_frame(path, frames, out, rectify):
 
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
-    numbers = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
     image = open_image(path)
+    # 1 of area, 2 of tilt, 4 of the box, 8 of corners, 7 or 8 indices, and 2 more
+    numbers = list(map(int, re.findall(r"\d+", path.stem)))
     try:
-        box, corners, indices = numbers[2:5]
-        left, top, right, bottom = box
-        points = np.reshape(box + corners, (6, 2))
-        plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(indices)).rstrip("O")
-        is_inside = left < right and top < bottom and (points <= image.size).all()
-        if not (is_inside and PLATE.fullmatch(plate)) or "O" in plate:
+        points = np.reshape(numbers[3:15], (6, 2))
+        plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(numbers[15:-2]))
+        plate = plate.rstrip("无")
+        is_inside = (points[0] < points[1]).all() and (points <= image.size).all()
+        if not (is_inside and PLATE.fullmatch(plate)):
             raise ValueError
     except (ValueError, IndexError):
         raise ImageError(f"{path}: its name tells of no plate inside, as CCPD's do") from None
-    plate_image = image.crop(box)
+    plate_image = image.crop(numbers[3:7])
     if rectify:
         quad = points[[4, 3, 2, 5]].flatten()  # in the order of Pillow
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)
     target = Path(out, f"{path.relative_to(frames)}-{plate}.jpg")  # a.jpg and a.png are two
     if target.exists() or len(os.fsencode(target.name)) > 255:
         raise ImageError(f"{target}: is there already, or is too long a name")
-    target.parent.mkdir(parents=True, exist_ok=True)
     save_image(target, plate_image)
 
 
@@ -747,7 +751,7 @@ def crop(frames, out, rectify):
 
     Cuts along the box in the name, or with `rectify` pulls the four corners straight."""
     paths = list_images(frames)
-    cut = list(in_threads(cut_frame, with_progress(paths), frames, out, rectify))
+    cut = list(in_threads(cut_frame, paths, frames, out, rectify))
     print(f"{out}: {len(cut):,} plates cut, {len(paths) - len(cut):,} skipped")
 
 

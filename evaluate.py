@@ -19,6 +19,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -73,7 +74,7 @@ def wilson(share, n):
 
 def count_right(keys, rights):
     """{key: (right ones, all)}, by key. rights: which of the keys stand for what is right."""
-    right = Counter(key for key, is_right in zip(keys, rights) if is_right)
+    right = Counter(itertools.compress(keys, rights))
     total = Counter(keys)
     return {key: (right[key], total[key]) for key in sorted(total)}
 
@@ -118,11 +119,9 @@ def choose_images(root, split, content):
 
     content: that of the checkpoint; without `root` it is what this learnt from."""
     args = content["args"]
-    whose = ""
-    if root is None:
-        root = args["data"]
-        whose = "the checkpoint's folder "
-    if root is None:
+    whose = "" if root else "the checkpoint's folder "
+    root = root or args["data"]
+    if not root:
         try:
             from assets import plates
         except ImportError:  # this file was copied without assets/: it can score crops
@@ -260,11 +259,11 @@ HEAD = """<!doctype html><!-- by evaluate.py --><html lang="zh"><meta charset="u
 def check_report(folder):
     """The page of a report, whose folder is made. Raises OSError for one that holds other files
     and no earlier report."""
-    page = Path(folder, "report.html")
-    held = os.listdir(folder) if os.path.isdir(folder) else os.path.lexists(folder)
-    if held and not (page.is_file() and b"<!-- by evaluate.py -->" in page.read_bytes()):
-        raise OSError(f"{folder}: holds something else than a report; name a new folder")
     os.makedirs(folder, exist_ok=True)
+    page = Path(folder, "report.html")
+    is_ours = page.is_file() and b"<!-- by evaluate.py -->" in page.read_bytes()
+    if os.listdir(folder) and not is_ours:
+        raise OSError(f"{folder}: holds something else than a report; name a new folder")
     data.check_output(page, ".html")
     return page
 
@@ -275,10 +274,8 @@ def write_report(path, scores):
     for row in scores["history"]:
         page += "<tr>"
         for name, value in row.items():
-            text = html.escape(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            )
-            bar = f'<meter value="{html.escape(str(value))}"></meter>' if "accuracy" in text else ""
+            text = html.escape(f"{name} {value:.6g}")
+            bar = f'<meter value="{value}"></meter>' if "accuracy" in text else ""
             page += f"<td>{text} {bar}"
     for name in ("confidence", "first", "position", "character"):
         page += f"</table><h2>Right by {name}</h2><table>"
@@ -291,10 +288,8 @@ def write_report(path, scores):
         data.open_image(result.source).resize((256, 64)).save(file, "PNG")
         image = base64.b64encode(file.getvalue()).decode()
         page += f'<tr><td><img src="data:image/png;base64,{image}"><td>{html.escape(result.name)}'
-        page += f"<br>{result.confidence:.4f}<br>true {html.escape(result.true)}<br>read "
-        for char, char_read in zip(result.true, align(result.true, result.pred)):
-            text = html.escape(char_read)
-            page += text if char_read == char else f"<mark>{text or '_'}</mark>"
+        page += f"<br>{result.confidence:.4f}<pre>true {html.escape(result.true)}\n"
+        page += f"read {html.escape(result.pred)}</pre>"
     data.write_file(path, page)
 
 

@@ -107,14 +107,28 @@ class NotebookCRNN(nn.Module):
 # --model NAME takes a class from here. To add your own: it is built with alphabet, size, rnn and
 # bidirectional, whether it needs them or not. It takes uint8 images (B, 3, H, W) and gives logits
 # (T, B, C): T time steps, at least one a character, and C = len(alphabet) + 1 classes, of which
-# the first is the blank. Where a batch-norm follows a convolution in an nn.Sequential, reading
-# makes one layer of both. All else is free; it trains with the recipe of "small" (see train.py).
+# the first is the blank. Reading makes one layer of a ConvNorm's convolution and batch-norm. All
+# else is free; it trains with the recipe of "small" (see train.py).
 NETWORKS = {"small": CRNN, "notebook": NotebookCRNN}
 
 
 def build_network(model, **config):
     """The network that a config describes: model is a key of NETWORKS, the rest what its class
-    takes. It keeps the config, which is of plain types, as network.config."""
+    takes. It keeps the config, which is of plain types, as network.config. Raises OSError for a
+    size or an alphabet that a user had better not give."""
+    alphabet = config["alphabet"]
+    height, width = config["size"]
+    if not (
+        # a read may become the name of a file, and a line on a terminal
+        alphabet.isprintable()
+        and not set(alphabet) & set("/\\")
+        and 0 < len(alphabet) < 100_000  # of a stranger's: no network that fills the memory
+        and type(height) is type(width) is int
+        and 16 <= height <= 512
+        and 64 <= width <= 2048
+        and type(config["bidirectional"]) is bool
+    ):
+        raise OSError(f"--size {height} {width}: give 16 64 to 512 2048, and no / in --alphabet")
     network = NETWORKS[model](**config)
     network.to(memory_format=torch.channels_last)  # the layout of fast convolutions
     network.config = {"model": model, **config}
@@ -235,8 +249,8 @@ def candidates(views, texts, alphabet):
 def pick_device(name=None):
     """The device called `name`, or CUDA where there is one, or the CPU."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":  # each of torchrun's processes has its own
+        name = f"cuda:{os.getenv('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch built without CUDA asserts
@@ -284,99 +298,53 @@ def predict_logits(network, images, precision="fp32"):
 # trainer adds, in plain types.
 
 
-def is_config(model, alphabet, size, rnn, bidirectional):
-    """Whether build_network can build what a user or a file asks for."""
-    height, width = size
-    # a read may become the name of a file, and a line on a terminal
-    is_text = alphabet.isprintable() and not set(alphabet) & set("/\\")
-    return (
-        model in NETWORKS
-        and is_text
-        and len(set(alphabet)) == len(alphabet) > 0
-        and {type(height), type(width)} == {int}
-        and 16 <= height <= 512
-        and 64 <= width <= 2048
-        and rnn in RECURRENT
-        and isinstance(bidirectional, bool)
-    )
-
-
 def is_checkpoint(path):
     """Whether a path, whatever its name, may be that of a checkpoint: these are zip archives."""
     return os.path.isfile(path) and zipfile.is_zipfile(path)
 
 
 def fold_norms(network):
-    """Make each batch-norm a part of the convolution before it: the same function, less work."""
-    for layers in list(network.modules()):
-        if type(layers).forward is not nn.Sequential.forward:
-            continue  # it need not use its layers one after another
-        for k in range(1, len(layers)):
-            conv = layers[k - 1]
-            norm = layers[k]
-            is_norm = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-            if is_norm and isinstance(conv, nn.Conv2d):
-                layers[k - 1] = fuse_conv_bn_eval(conv, norm)
-                layers[k] = nn.Identity()
+    """Make the batch-norm of a ConvNorm a part of its convolution: the same function, less work."""
+    for block in network.modules():
+        if isinstance(block, ConvNorm) and isinstance(block[1], nn.BatchNorm2d):
+            block[0] = fuse_conv_bn_eval(block[0], block[1])
+            block[1] = nn.Identity()
 
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py: (network ready to read, all that the file holds).
 
     To train on, load content["model"] into build_network(**content["config"]): this network is in
-    eval mode, and its batch-norms are folded. Files of strangers cannot run code, nor take more
-    memory than their size tells. Raises OSError with one sentence."""
-    if not os.access(path, os.R_OK):
-        raise OSError(f"{path}: no such file, or not yours to read")
+    eval mode, and its batch-norms are folded. Files of strangers cannot run code, nor fill the
+    memory. Raises OSError with one sentence."""
+    size = os.path.getsize(path)  # of no such file Python says so
     try:
         if not is_checkpoint(path):
             raise ValueError
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(part.file_size for part in archive.infolist())
-        if unpacked > os.path.getsize(path):  # a small file could fill the memory
-            raise ValueError
+            # unpacked, a small file could fill the memory
+            if sum(part.file_size for part in archive.infolist()) > size:
+                raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises all kinds of errors
         raise OSError(
-            f"{path}: not a checkpoint, or damaged; give a file that train.py wrote"
+            f"{path}: not a checkpoint, locked or damaged; give a file that train.py wrote"
         ) from None
-    other = f"{path}: made by another model.py, or not by train.py;"
     try:
-        weights = content["model"] = dict(content["model"])
-        config = content["config"]
         args = content["args"]
-        numbers = list(args["labels"])
-        for row in content["history"]:
-            numbers += row.values()
-            if len(numbers) > unpacked:  # a file can name one row of many numbers many times
-                raise ValueError
-        if not (
-            is_config(**config)
-            and isinstance(args["data"], (str, type(None)))
-            and {*map(type, numbers)} <= {int, float}
-        ):
-            raise TypeError
-    except KeyError as error:
-        raise OSError(f"{other} it lacks {error}") from None
-    except Exception:  # strangers' types raise all kinds of errors
-        raise OSError(f"{other} its config, args or history does not fit") from None
-    with torch.device("meta"):  # shapes without memory
-        places = build_network(**config).state_dict()
-    for name in places | weights:
-        weight = weights.get(name)
-        place = places.get(name)
-        if not (
-            isinstance(weight, torch.Tensor)
-            and isinstance(place, torch.Tensor)
-            and (weight.shape, weight.layout) == (place.shape, place.layout)
-            and weight.dtype in (place.dtype, torch.float16)
-            and weight.is_cpu
-            # a file can hold one number and say that it stands for millions
-            and weight.untyped_storage().nbytes() >= weight.nbytes
-        ):
-            raise OSError(f"{other} its {name} does not fit")
-    network = build_network(**config)
-    network.load_state_dict(weights)
+        # a set: a file can name one row of many numbers many times
+        numbers = set(args["labels"]).union(*map(dict.values, content["history"]))
+        is_plain = {*map(type, numbers)} <= {int, float}
+        if not (is_plain and isinstance(args["data"], (str, type(None)))):
+            raise ValueError("its args or history")
+        network = build_network(**content["config"])
+        # copies, to float32, what has the same name and shape
+        network.load_state_dict(content["model"])
+    except Exception as error:  # a key that is absent, and all that a stranger's file may hold
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(
+            f"{path}: made by another model.py, or not by train.py ({reason[:300]})"
+        ) from None
     fold_norms(network.eval())
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise OSError(f"{path}: its weights are not finite; train again with a lower --lr")

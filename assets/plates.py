@@ -8,7 +8,7 @@ camera of data.py photographs it. The characters come from glyphs.png, see make_
 """
 
 import functools
-import math
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -103,7 +103,7 @@ def load_glyphs(height, device="cpu"):
     """All characters: float32 (faces, len(ALPHABET), height, height / 2) in [0, 1]."""
     sheet = Image.open(Path(__file__).with_name("glyphs.png"))
     rows = pil_to_tensor(sheet) / 255  # (1, faces * CELL_H, columns * CELL_W)
-    cells = rows.view(-1, CELL_H, rows.shape[2] // CELL_W, CELL_W).transpose(1, 2)
+    cells = rows.view(-1, CELL_H, len(data.ALPHABET), CELL_W).transpose(1, 2)
     return resize(cells, (height, height // 2)).to(device)
 
 
@@ -141,29 +141,14 @@ def draw_surroundings(count, mm):
 
 def draw_bolts(plate, mm):
     """Bolts at four places, on about half of the plates each: bright or dark, lit from one side."""
-    for left, top in ((100, 8), (320, 8), (100, 114), (320, 114)):
+    count = len(plate)
+    for top, left in itertools.product((8, 114), (100, 320)):
         side = round(random.uniform(8, 14) * mm)
         across = linspace(-1, 1, side)
         disc = across**2 + across.view(-1, 1) ** 2 < 1
-        colour = per_image(len(plate)) + random.choice([-0.4, 0.4]) * across
-        shown = disc * (per_image(len(plate)) < 0.5) * (0.4 + 0.6 * per_image(len(plate)))
+        colour = per_image(count) + random.choice([-0.4, 0.4]) * across
+        shown = disc * (per_image(count) < 0.5) * (0.4 + 0.6 * per_image(count))
         stamp(plate, shown, left + random.uniform(0, 18), top + random.uniform(0, 10), colour, mm)
-
-
-def draw_background(plate, kind, ink, mm):
-    """The colour, on green plates white at the top, and the thin line along the edge, fainter on
-    some plates."""
-    count, _, height, width = plate.shape
-    darkest, brightest = torch.tensor(kind.ground).view(2, 3, 1, 1)
-    ground = darkest.lerp(brightest, per_image(count, 3))
-    fade = kind.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
-    plate[:] = ground + (0.9 - ground) * fade
-    edge = round(random.uniform(3, 6) * mm)
-    inner = edge + round(random.uniform(2, 5.5) * mm)
-    line = torch.zeros(height, width)
-    line[edge:-edge, edge:-edge] = 1
-    line[inner:-inner, inner:-inner] = 0
-    plate.lerp_(ink, line * per_image(count) ** 0.25)
 
 
 def draw_characters(plate, kind, texts, ink, glyphs, mm):
@@ -191,7 +176,19 @@ def paint(kind, texts, glyphs):
     plate = canvas[:, :, rim:-rim, rim:-rim]  # a view: what is drawn on it is on the canvas
     darkest, brightest = kind.ink
     ink = darkest + (brightest - darkest) * per_image(count)
-    draw_background(plate, kind, ink, mm)
+    # the colour, on green plates white at the top
+    height, width = plate.shape[2:]
+    darkest, brightest = torch.tensor(kind.ground).view(2, 3, 1, 1)
+    ground = darkest.lerp(brightest, per_image(count, 3))
+    fade = kind.fade * per_image(count).sqrt() * linspace(1, 0, height).view(-1, 1)
+    plate[:] = ground + (0.9 - ground) * fade
+    # the thin line along the edge, fainter on some plates
+    edge = round(random.uniform(3, 6) * mm)
+    inner = edge + round(random.uniform(2, 5.5) * mm)
+    line = torch.zeros(height, width)
+    line[edge:-edge, edge:-edge] = 1
+    line[inner:-inner, inner:-inner] = 0
+    plate.lerp_(ink, line * per_image(count) ** 0.25)
     draw_characters(plate, kind, texts, ink, glyphs, mm)
     draw_bolts(plate, mm)
     return canvas
@@ -273,7 +270,6 @@ def render(out, count):
     for k in range(count):
         (image,), (text,) = fixed_plates(1, f"render {k}", (80, 256))
         folder = Path(out, "test" if k % 10 == 9 else "train")
-        folder.mkdir(parents=True, exist_ok=True)
         data.save_image(folder / f"{k:07}-{text}.jpg", to_pil_image(image))
     print(f"{out}: {count:,} drawn plates")
 
@@ -285,7 +281,7 @@ def main(argv=None):
     add("out", help="the picture, or the folder, to write")
     add("folder", nargs="?", help="labelled crops to show (default: drawn plates)")
     add("--augmented", action="store_true", help="show them as training sees them")
-    add("--count", type=data.between(int, 1, math.inf), default=1000, help="plates to render")
+    add("--count", type=int, default=1000, help="plates to render")
     args = parser.parse_args(argv)
     if args.command == "render":
         render(args.out, args.count)
