@@ -251,7 +251,7 @@ def parse_label(path, alphabet=ALPHABET):
     the whole name. Plates hold no O and no I, so these are read as 0 and 1. With any other
     alphabet: what stands behind the last "-", or the whole name if "-" is one of its characters.
     The remark says what was odd, in words for many files; mostly it is empty."""
-    name = normalise(Path(path).stem)
+    name = normalise(os.path.splitext(os.path.basename(path))[0])
     *before, last = [name] if "-" in alphabet else name.split("-")
     if is_chinese(alphabet):
         # people write 皖A·X511H, 皖a-x511h, 皖AX511H (1) and 皖AX511Hb
@@ -322,7 +322,7 @@ def label_images(folder, alphabet):
     """All images below `folder` with what parse_label says: [(path, text, remark), ...].
 
     stderr names the files without a label, and those whose label is odd."""
-    labelled = [(path, *parse_label(path, alphabet)) for path in list_images(folder)]
+    labelled = [(path, *parse_label(path.name, alphabet)) for path in list_images(folder)]
     for why in sorted({remark for _, _, remark in labelled} - {""}):
         warn(why, [path for path, _, remark in labelled if remark == why])
     return labelled
