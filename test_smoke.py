@@ -22,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -475,6 +476,14 @@ def test_crops_of_two_rows_are_learnt_as_they_are_read(name, width, is_joined):
     if is_joined:
         image = data.join_rows(image)
     assert torch.equal(images[0], data.fit(image, SIZE))
+
+
+def test_threads_that_start_later_have_all_cores():
+    torch.set_num_threads(3)
+    list(data.in_threads(str, [1]))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    torch.set_num_threads(1)
 
 
 def test_of_several_processes_the_first_tells(monkeypatch):
