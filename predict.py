@@ -145,11 +145,11 @@ def adapt_to_place(reads):
     without a label; this prior then weighs the candidates of each image (the first step of the EM
     of Saerens, Latinne and Decaestecker, 2002: more steps make a weak reader's errors common, and
     a good one no better). The confidence becomes the adapted posterior. Where 50 plates of 60 are
-    of Anhui (皖), and nine of four other provinces, this becomes of an unsure read:
+    of all the cities of Anhui (皖), and nine of four other provinces, an unsure read becomes:
 
         candidate    alone    in that place
-        浙A12345      0.55     0.16
-        皖A12345      0.43     0.83
+        浙A12345      0.55     0.19
+        皖A12345      0.43     0.80
 
     Ten frames of one car are one plate, so that its misread province does not become common.
     With fewer than five plates nobody can tell what is common: these reads stay as they are."""

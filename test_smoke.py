@@ -1750,6 +1750,15 @@ def test_five_reads_of_one_province_correct_one_another(number, plate):
     assert reads[0].plate == plate
 
 
+def test_adapted_confidences_are_those_of_its_docstring():
+    unsure = predict.Read("浙A12345", 0.55, [("浙A12345", 0.55), ("皖A12345", 0.43)], "")
+    firsts = 50 * ["皖"] + 3 * ["苏"] + 2 * ["京沪鲁"]
+    sure = [f"{char}{data.LETTERS[k % 24]}{k:05}" for k, char in enumerate("".join(firsts))]
+    reads = [predict.Read(plate, 0.99, [(plate, 0.99)], "") for plate in sure]
+    first, *_ = predict.adapt_to_place([unsure, *reads])
+    assert dict(first.alternatives) == near({"浙A12345": 0.19, "皖A12345": 0.80}, abs=0.01)
+
+
 def test_reads_of_one_city_correct_one_another():
     of_a = [posterior(f"皖A0000{k}", 0.89, f"皖B0000{k}") for k in range(9)]
     first, *_ = predict.adapt_to_place([posterior("皖B00009", 0.5, "皖A00009"), *of_a])
