@@ -149,6 +149,8 @@ def one_sentence():
         sys.exit(f"error: {printable(error)}")
     except (MemoryError, torch.cuda.OutOfMemoryError):
         sys.exit("error: not enough memory; train with a smaller --batch-size or --size")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def check_output(path, suffix, inputs=()):
@@ -282,7 +284,7 @@ def walk(folder):
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from walk(entry.path)
-        else:
+        elif not entry.is_dir():
             yield entry.path
 
 
@@ -305,13 +307,14 @@ def split_folder(root, split):
     """The folder `split` in `root`, or for "train" and "test" `root` itself if it has no splits.
 
     Raises OSError if it is not clear which, or `root` is no folder."""
-    names = sorted(os.listdir(root))
-    chosen = [name for name in names if name.lower() == split]
+    entries = list(os.scandir(root))
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    chosen = [name for name in folders if name.lower() == split]
     if len(chosen) == 1:
-        loose = [name for name in names if name.lower().endswith(SUFFIXES)]
+        loose = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES)]
         warn(f"images passed over, beside the folder {chosen[0]}", loose)
         return Path(root, chosen[0])
-    if any(map(SPLIT.fullmatch, names)) or split not in ("train", "test"):
+    if any(map(SPLIT.fullmatch, folders)) or split not in ("train", "test"):
         raise OSError(
             f"{root}: has {len(chosen)} folders {split!r}; have one, or name a folder of crops"
         )
@@ -365,7 +368,8 @@ def open_image(source):
             name = source
             if not os.path.isfile(source):  # to open a pipe would wait for ever
                 raise ValueError("no such file, or a folder or a pipe")
-            source = Path(source).read_bytes()
+            with open(source, "rb") as file:
+                source = file.read(100_000_000)  # more is no photograph
         if isinstance(source, (bytes, bytearray, memoryview)):
             source = io.BytesIO(source)
         if hasattr(source, "read"):
@@ -374,7 +378,8 @@ def open_image(source):
             source = Image.fromarray(source)
         # larger ones fill the memory; convert() would clip 16 bits to white, and nobody knows
         # their scale
-        if max(source.size) > 10_000 or 0 in source.size or source.mode[0] in "IF":
+        is_large = math.prod(source.size) > 89_000_000 or max(source.size) > 65_535
+        if is_large or 0 in source.size or source.mode[0] in "IF":
             raise ValueError(
                 f"{source.width} x {source.height} pixels in mode {source.mode}; "
                 "cut the plate out and save it with 8 bits"
@@ -390,8 +395,8 @@ def open_image(source):
                 "HEIC as one of these, and of a tensor give tensor.permute(1, 2, 0).numpy()"
             )
         # what the system says of one file; all else, such as of a failing disk, ends the run
-        is_its_own = getattr(error, "errno", None) in (None, errno.ENOENT, errno.EACCES)
-        kind = ImageError if is_its_own else OSError
+        of_the_file = (None, errno.ENOENT, errno.EACCES, errno.EPERM)
+        kind = ImageError if getattr(error, "errno", None) in of_the_file else OSError
         raise kind(f"{name}: cannot be read ({reason})") from None
 
 
@@ -725,18 +730,18 @@ def cut_frame(path, frames, out, rectify):
     Its name is area-tilt-box-corners-indices-brightness-blur: the box of the plate from upper left
     to lower right, its corners from the lower right one on clockwise, the plate as indices."""
     image = open_image(path)
-    # 1 of area, 2 of tilt, 4 of the box, 8 of corners, 7 or 8 indices, and 2 more
-    numbers = list(map(int, re.findall(r"\d+", path.stem)))
+    fields = [list(map(int, re.findall(r"\d+", field))) for field in path.stem.split("-")]
     try:
-        points = np.reshape(numbers[3:15], (6, 2))
-        plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(numbers[15:-2]))
+        box, corners, indices = fields[2:5]
+        points = np.reshape(box + corners, (6, 2))
+        plate = "".join(CCPD_TABLES[place][k] for place, k in enumerate(indices))
         plate = plate.rstrip("无")
         is_inside = (points[0] < points[1]).all() and (points <= image.size).all()
         if not (is_inside and PLATE.fullmatch(plate)):
             raise ValueError
     except (ValueError, IndexError):
         raise ImageError(f"{path}: its name tells of no plate inside, as CCPD's do") from None
-    plate_image = image.crop(numbers[3:7])
+    plate_image = image.crop(box)
     if rectify:
         quad = points[[4, 3, 2, 5]].flatten()  # in the order of Pillow
         plate_image = image.transform(plate_image.size, Image.QUAD, quad, Image.BILINEAR)

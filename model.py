@@ -306,8 +306,9 @@ def is_checkpoint(path):
 def fold_norms(network):
     """Make the batch-norm of a ConvNorm a part of its convolution: the same function, less work."""
     for block in network.modules():
-        if isinstance(block, ConvNorm) and isinstance(block[1], nn.BatchNorm2d):
-            block[0] = fuse_conv_bn_eval(block[0], block[1])
+        norm = block[1] if isinstance(block, ConvNorm) and len(block) > 1 else None
+        if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            block[0] = fuse_conv_bn_eval(block[0], norm)
             block[1] = nn.Identity()
 
 
@@ -332,14 +333,19 @@ def load_checkpoint(path, device="cpu"):
         ) from None
     try:
         args = content["args"]
-        # a set: a file can name one row of many numbers many times
-        numbers = set(args["labels"]).union(*map(dict.values, content["history"]))
+        rows = content["history"]
+        weights = dict(content["model"])  # without _metadata, which could have them not copied
+        # a file can name one row, or one number, many times
+        claimed = sum(map(len, rows)) + sum(weight.nbytes for weight in weights.values())
+        if claimed > size or not type(rows) is type(args["labels"]) is list:
+            raise ValueError("no lists, or more than the file can hold")
+        numbers = set(args["labels"]).union(*map(dict.values, rows))
         is_plain = {*map(type, numbers)} <= {int, float}
         if not (is_plain and isinstance(args["data"], (str, type(None)))):
             raise ValueError("its args or history")
         network = build_network(**content["config"])
         # copies, to float32, what has the same name and shape
-        network.load_state_dict(content["model"])
+        network.load_state_dict(weights)
     except Exception as error:  # a key that is absent, and all that a stranger's file may hold
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise OSError(

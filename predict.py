@@ -257,9 +257,11 @@ def find_images(arguments):
                 yield image, image.relative_to(path)
 
 
-def explain(network, paths, out):
+def explain(network, paths, out, *options):
     """Write a picture of CTC at work on the first image: the crop, below it for each time step how
-    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it."""
+    likely its likeliest class is, and which ("-" is blank), and what `read` makes of it.
+
+    options: the precision and the grammar of `read`."""
     from assets import plates
 
     data.check_output(out, ".png", paths)
@@ -275,7 +277,7 @@ def explain(network, paths, out):
     line = "".join(names[k] for k in classes)
     # whatever ratio the network's input has, a crop is shown about as wide as plates are
     rows = [resize(image, [width // 4, width]), bars, plates.text_picture(line, (52, width))]
-    (result,) = read(network, paths[0], top=4)
+    (result,) = read(network, paths[0], *options, top=4)
     for text, confidence in result.alternatives:
         rows.append(plates.text_picture(f"{text} {confidence:.4f}", (32, width)))
     data.save_image(out, to_pil_image(torch.cat(rows, 1)))
@@ -361,11 +363,13 @@ def main(argv=None):
     paths, names = zip(*images)
     network = load(checkpoint, args.device)
     if args.explain:
-        explain(network, paths, args.explain)
+        explain(network, paths, args.explain, args.precision, args.grammar)
     if args.label:
         ((name, count),) = Counter(map(str, names)).most_common(1)
         if count > 1:
             raise OSError(f"--label: {count} images are called {name}; name their folder, not them")
+        if max(len(os.fsencode(Path(path).name)) for path in paths) > 200:
+            raise OSError("--label: a name of over 200 bytes has no room for a plate; shorten it")
         if set("-~") & set(network.config["alphabet"]):
             raise OSError("--label: with - or ~ in the alphabet no name tells a label; drop it")
         os.makedirs(args.label)  # now, or the work would be done in vain

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import csv
 import errno
+import functools
 import importlib
 import io
 import json
@@ -279,6 +280,12 @@ def test_a_split_is_the_one_folder_of_that_name(folders, split, chosen):
     assert chosen in found
 
 
+def test_a_file_is_no_split():
+    os.mkdir("set")
+    Path("set/test").touch()
+    assert data.split_folder("set", "test") == Path("set")
+
+
 def test_about_the_given_share_of_labels_is_held_out():
     held_out = [data.is_held_out(f"皖A{k:05}", 0.05) for k in range(4000)]
     assert 160 < sum(held_out) < 240
@@ -544,6 +551,7 @@ PLACE = "200&400_500&560-500&560_200&500_200&400_500&460"
 FRAMES = [
     f"{PLACE}-0_0_22_27_27_33_16",  # 皖AY339S
     f"{PLACE}-24_1_3_25_26_27_28_29",  # 云BD12345
+    f"{PLACE}-0_0_22_27_27_33_16-33-15 (1)",  # a copy
     "600&400_900&560-900&560_600&500_600&400_900&460-0_0_22_27_27_33_16",  # outside
     f"{PLACE}_1&1-0_0_22_27_27_33_16",  # five corners
     "9&9_1&1-500&560_200&500_200&400_500&460-0_0_22_27_27_33_16",  # a box in the wrong order
@@ -552,7 +560,7 @@ FRAMES = [
 
 @cases("option", ["", "--rectify"])
 def test_crop_cuts_the_plates_out_of_photographs(run, frames, option):
-    assert "2 plates cut, 3 skipped" in run(f"data crop frames out {option}")
+    assert "3 plates cut, 3 skipped" in run(f"data crop frames out {option}")
     assert {text for _, text in data.find_crops("out")} == {"云BD12345", "皖AY339S"}
 
 
@@ -820,10 +828,12 @@ CHANGES = [
     (lambda x: x.pop("args"), "KeyError: 'args'"),
     (lambda x: x["args"].pop("labels"), "KeyError: 'labels'"),
     (lambda x: x["args"].update(labels=["皖"]), "args"),
-    (lambda x: x["args"].update(labels=3), "TypeError"),
+    (lambda x: x["args"].update(labels=3), "no lists"),
     (lambda x: x["args"].update(data=[]), "args"),
     (lambda x: x.update(args=[]), "TypeError"),
     (lambda x: x.update(history=[3]), "TypeError"),
+    (lambda x: x.update(history=8000 * [dict.fromkeys(range(1000), 0.5)]), "can hold"),
+    (lambda x: x["args"].update(labels=torch.zeros(1).expand(10**8)), "can hold"),
     (lambda x: x.update(history=[{"loss": "<script>"}]), "history"),
     (lambda x: x.update(model=[]), "another model.py"),
     (lambda x: x.update(model=torch.zeros(3)), "another model.py"),
@@ -840,13 +850,13 @@ CHANGES = [
     (lambda x: x["model"].pop("fc.bias"), "fc.bias"),
     (lambda x: x["model"].update(more=torch.zeros(3)), "more"),
     (lambda x: x["model"].update({"fc.bias": torch.zeros(67)}), "size mismatch for fc.bias"),
-    (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(10**12)}), "fc.bias"),
+    (lambda x: x["model"].update({"fc.bias": torch.zeros(1).expand(10**12)}), "can hold"),
     (
         lambda x: x["model"].update({"fc.bias": torch.full((66,), 1e300, dtype=torch.double)}),
         "not finite",
     ),
     (lambda x: x["model"].update({"fc.bias": torch.zeros(66, device="meta")}), "fc.bias"),
-    (lambda x: x["model"].update({"fc.bias": 3}), "fc.bias"),
+    (lambda x: x["model"].update({"fc.bias": 3}), "AttributeError"),
     (lambda x: x["model"]["fc.bias"].fill_(np.nan), "not finite"),
     (lambda x: x["model"]["cnn.0.1.running_var"].fill_(-1), "not finite"),
 ]
@@ -885,12 +895,18 @@ def test_a_pipe_is_no_checkpoint():
         model.load_checkpoint("pipe.pth")
 
 
+Unsteady = functools.partial(torch.nn.BatchNorm2d, track_running_stats=False)
+
+
 def test_batch_norms_are_folded_where_they_follow_a_convolution_and_nowhere_else():
     layers = torch.nn.Sequential(
         model.ConvNorm(3, 3),
         torch.nn.BatchNorm2d(3),
         model.ConvNorm(3, 3, norm_layer=torch.nn.InstanceNorm2d),
         model.ConvNorm(3, 3, norm_layer=None),
+        model.ConvNorm(3, 3, norm_layer=None, activation_layer=None),
+        model.ConvNorm(3, 3, norm_layer=functools.partial(torch.nn.BatchNorm2d, affine=False)),
+        model.ConvNorm(3, 3, norm_layer=Unsteady),
     )
     images = torch.rand(4, 3, 8, 8)
     layers(images)  # the batch-norms see images
@@ -898,7 +914,7 @@ def test_batch_norms_are_folded_where_they_follow_a_convolution_and_nowhere_else
     model.fold_norms(layers)
     assert torch.allclose(layers(images), whole, atol=1e-5)
     norms = [name for name, layer in layers.named_modules() if "BatchNorm" in str(type(layer))]
-    assert norms == ["1"]
+    assert norms == ["1", "6.1"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -1814,6 +1830,14 @@ def test_label_keeps_folders_and_names(run, crops):
     assert [path[:7] for path in paths] == ["0001-" + paths[0][5:7], "x/0001-"]
 
 
+@cases("length, is_refused", [(200, False), (201, True)])
+def test_label_needs_room_in_a_name(run, crop, length, is_refused):
+    os.rename("crop.jpg", f"{'n' * (length - 4)}.jpg")
+    said = run(f"predict {'n' * (length - 4)}.jpg --label named", fails=is_refused)
+    assert ("no room for a plate" in said) == is_refused
+    assert os.path.exists("named") != is_refused
+
+
 def test_label_copies_crops_to_names_that_training_takes(run):
     images = plates.fixed_plates(6, 9, SIZE)[0]
     os.mkdir("mine")
@@ -2022,6 +2046,11 @@ def test_a_full_disk_at_stdout_is_named(run, crop, monkeypatch):
     with contextlib.suppress(OSError), open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert "No space" in run("predict crop.jpg", fails=True)
+
+
+def test_a_run_that_is_stopped_by_the_keyboard_says_nothing(run, watch):
+    watch(train, "train", KeyboardInterrupt)
+    assert run("train", fails=True) == ""
 
 
 def test_a_closed_pipe_ends_without_a_word(run, crop, monkeypatch, watch):

@@ -144,8 +144,9 @@ def find_processes():
         return 0, 1
     try:
         dist.init_process_group()  # nccl for GPUs, gloo for CPUs
-        # torchrun gives each one thread, and crops are decoded in threads
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.getenv("LOCAL_WORLD_SIZE", 1))))
+        local_size = int(os.getenv("LOCAL_WORLD_SIZE", 1))
+        if local_size > 1:  # torchrun gives each one thread, and crops are decoded in threads
+            torch.set_num_threads(max(1, os.cpu_count() // local_size))
     except Exception as error:  # torch raises all kinds
         raise OSError(f"RANK, WORLD_SIZE: {error}; start with torchrun, or unset both") from None
     return dist.get_rank(), dist.get_world_size()
@@ -343,8 +344,10 @@ def train(args, config):
             )
         try:
             states = content.pop("resume")
+            groups = optimizer.param_groups  # the options, which are the same
             for k, part in enumerate(parts):
                 part.load_state_dict(states[k])
+            optimizer.param_groups = groups
             for weight, state in optimizer.state.items():
                 step, *means = state.values()
                 # a fused step takes them to lie as the weights do, and writes anywhere otherwise
