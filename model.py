@@ -211,7 +211,7 @@ def beam_search(log_probs, alphabet, patterns=(), beam_width=12):
         for prefix, beam in beams.items():
             following[prefix][0] = sum(beam) * blank_share
         for char, share in zip(alphabet, char_shares):
-            if share < 0.01:
+            if share < 1e-3:
                 continue
             for prefix, (ends_blank, ends_char) in beams.items():
                 so_far = ends_blank + ends_char

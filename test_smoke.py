@@ -677,6 +677,13 @@ def test_no_tensor_is_on_the_wrong_device(watch):
         assert plates.draw_plates(70, SIZE, 0.5, "cuda")[0].device.type == "cuda"
 
 
+def test_captions_have_equal_steps():
+    picture = plates.text_picture("皖皖", (32, 36))  # each half as wide as high, and two more
+    assert torch.equal(picture[:, :, :18], picture[:, :, 18:])
+    assert picture[:, :, :16].min() == 0
+    assert picture[:, :, 16:18].min() == 255
+
+
 def test_show_draws_four_plates_a_row(run):
     assert "24 labelled" in run("plates show sheet.png")
     with Image.open("sheet.png") as sheet:
@@ -970,6 +977,12 @@ def test_prior_is_0_for_all_but_provinces():
 )
 def test_the_baseline_keeps_the_recipe_of_the_notebook(name, value):
     args, _ = train.parse_arguments(["--model", "notebook"])
+    assert getattr(args, name) == value
+
+
+@cases("name, value", [("amsgrad", False), ("decay", True), ("augment", True), ("prior", True)])
+def test_the_recipe_of_our_network(name, value):
+    args, _ = train.parse_arguments([])
     assert getattr(args, name) == value
 
 
