@@ -1032,6 +1032,18 @@ def test_options_reach_the_optimizer(
     assert made.call_args.kwargs[name] == value
 
 
+def test_the_log_tells_the_speed(run, crops, monkeypatch):
+    clock = mock.Mock(perf_counter=mock.Mock(side_effect=range(0, 900, 30)))
+    monkeypatch.setattr(train, "time", clock)
+    said = run(f"{TINY} --val 0 --synthetic 0.7")
+    assert " 6 images/s" in said  # 180 in half a minute
+    assert "minutes 1 " in said
+
+
+def test_each_batch_has_a_crop(run, crops):
+    assert "95% of the images" in run(f"{TINY} --val 0 --synthetic 0.99")  # 19 of 20
+
+
 def test_history_counts_images_and_minutes(run, crops):
     run(f"{TINY} --val 0 --epochs 2 --synthetic 0.7")
     rows = torch.load("ckpt.pth", weights_only=True)["history"]
@@ -1797,6 +1809,15 @@ def test_reads_of_one_city_correct_one_another():
 def test_too_few_plates_to_adapt_to_are_told(capfd, number, said):
     predict.adapt_to_place(SHARP[:number])
     assert ("five plates" in capfd.readouterr().err) == said
+
+
+def test_an_unsure_image_is_seen_larger_and_tilted(watch):
+    affine = watch(predict, "affine")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 128, 3), np.uint8)
+    list(predict.read(predict.load(), noise))
+    # changed last: more tilt, and a third view that is nearer by
+    views = [(1.04, [0.0, 4.0]), (1.04, [0.0, -4.0]), (1.12, [0.0, 0.0])]
+    assert [call.args[3:5] for call in affine.call_args_list] == views
 
 
 @cases("at_once", [2, 3, 9])
