@@ -93,7 +93,7 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             image = data.open_image(source)
             images[k] = data.fit(image, size)
             # so narrow are two rows, or one in a loose crop
-            if 1 < image.width / image.height < 1.9:
+            if patterns and 1 < image.width / image.height < 1.9:
                 joined[k] = data.join_rows(image)
         except data.ImageError as error:
             errors[k] = Read("", 0.0, [], str(error))
@@ -103,6 +103,9 @@ def read_batch(sources, network, precision, patterns, top, adapt):
     threshold = 0.99 if adapt else 0.8  # adaptation needs the candidates
     reads = []
     for k, answer in enumerate(zip(texts, shares)):
+        if k in errors:
+            reads.append(errors[k])
+            continue
         text, share = answer
         answers = [answer]
         views = logits[:, k : k + 1]  # (T, 1, C)
@@ -119,16 +122,15 @@ def read_batch(sources, network, precision, patterns, top, adapt):
             for view in views.unbind(1):
                 strings += model.beam_search(view.log_softmax(1), alphabet, patterns)
             if adapt:  # the search drops most provinces of a blurred plate
-                for plate in strings[:3]:
-                    if plate[0] in data.PROVINCES:
-                        strings += [char + plate[1:] for char in data.PROVINCES]
+                likely = [plate for plate in strings[:3] if plate[0] in data.PROVINCES]
+                strings += [char + plate[1:] for plate in likely for char in data.PROVINCES]
             strings = list(dict.fromkeys(strings))
             answers = model.candidates(views, strings, alphabet) if strings else []
         read = Read(*(answers or [("", 0.0)])[0], answers[:40], "")
         if k in joined and not is_sure:
             others = read_batch([joined[k]], network, precision, patterns, top, adapt)
             read = max(read, *others, key=lambda read: read.confidence)
-        reads.append(errors.get(k, read))
+        reads.append(read)
     return reads
 
 

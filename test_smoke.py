@@ -488,8 +488,9 @@ def test_threads_that_start_later_have_all_cores():
     torch.set_num_threads(3)
     list(data.in_threads(str, [1]))
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 3
-    torch.set_num_threads(1)
+        seen = pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(1)  # also for the tests after one that fails
+    assert seen == 3
 
 
 def test_of_several_processes_the_first_tells(monkeypatch):
